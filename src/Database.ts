@@ -1,0 +1,195 @@
+/**
+ * How the queue reaches PostgreSQL: the application's client, connections of its own, and what an error means.
+ *
+ * @since 0.1.0
+ */
+import * as PgClient from "@effect/sql-pg/PgClient"
+import * as PgConnection from "@effect/sql-pg/PgConnection"
+import * as Cause from "effect/Cause"
+import * as Context from "effect/Context"
+import * as Effect from "effect/Effect"
+import * as Predicate from "effect/Predicate"
+import * as Reactivity from "effect/reactivity/Reactivity"
+import * as Schedule from "effect/Schedule"
+import type * as Scope from "effect/Scope"
+import * as SqlClient from "effect/sql/SqlClient"
+import { isSqlError, type SqlError } from "effect/sql/SqlError"
+
+export { isSqlError }
+
+/**
+ * The ways to the database that one queue uses.
+ */
+export interface Database {
+  /** The application's client without name transforms: an enqueue inside its transaction joins it. */
+  readonly app: SqlClient.SqlClient
+  /** Runs one statement outside any transaction of the application, in READ COMMITTED. Never as a generic plan. */
+  readonly query: <A extends object = Record<string, never>>(
+    text: string,
+    params: ReadonlyArray<unknown>
+  ) => Effect.Effect<ReadonlyArray<A>, SqlError>
+  /** The client behind `query`, for what needs a transaction. */
+  readonly own: SqlClient.SqlClient
+  /** Opens a session that nobody else can hold up; `undefined` when the client is not a `PgClient`. */
+  readonly connect: Effect.Effect<PgConnection.PgConnection, SqlError, Scope.Scope> | undefined
+}
+
+const isPgClient = (client: SqlClient.SqlClient): client is PgClient.PgClient =>
+  Predicate.hasProperty(client, PgClient.TypeId)
+
+/**
+ * Connection settings of the queue's own sessions, from those of the application's client.
+ */
+const ownConfig = (config: PgClient.PgClientConfig): PgConnection.Config => ({
+  ...config,
+  // What shapes values and statements for the application must not shape them for the queue.
+  types: undefined,
+  multiplex: false,
+  // A cut link must not look alive for the two hours of the kernel's default.
+  keepAlive: config.keepAlive ?? "10 seconds",
+  applicationName: config.applicationName ?? "effect-pgqueue",
+  startupParameters: {
+    // A frozen process must not keep locks.
+    idle_in_transaction_session_timeout: "60s",
+    jit: "off",
+    ...config.startupParameters,
+    default_transaction_isolation: "read committed",
+    default_transaction_read_only: "off",
+    search_path: "pg_catalog",
+    datestyle: "ISO",
+    intervalstyle: "postgres",
+    // A plan made while a table was empty must not be kept: it turns one claim into a scan of seconds.
+    plan_cache_mode: "force_custom_plan"
+  }
+})
+
+/**
+ * Opens the queue's ways to the database over the application's client.
+ *
+ * **Details**
+ *
+ * A `PgClient` lends its connection settings, and the queue opens a small pool of its own with them, so that neither
+ * the size, the multiplexing nor the name transforms of the application's pool matter. Any other client is used as it
+ * is, each statement in a READ COMMITTED transaction.
+ */
+export const make = Effect.fnUntraced(function*(
+  client: SqlClient.SqlClient,
+  options: { readonly maxConnections: number }
+): Effect.fn.Return<Database, SqlError, Scope.Scope> {
+  const app = client.withoutTransforms()
+  if (!isPgClient(client)) {
+    const query: Database["query"] = <A extends object>(text: string, params: ReadonlyArray<unknown>) =>
+      app.withTransaction(app.unsafe<A>(text, params).unprepared).pipe(
+        Effect.provideService(SqlClient.BeginTransaction, "BEGIN ISOLATION LEVEL READ COMMITTED"),
+        typedTransaction
+      )
+    return { app, own: app, query, connect: undefined }
+  }
+  const config = ownConfig(client.config)
+  const own = yield* PgClient.make({ ...config, maxConnections: options.maxConnections }).pipe(
+    Effect.provideServiceEffect(Reactivity.Reactivity, Reactivity.make)
+  )
+  return {
+    app,
+    own,
+    query: (text, params) => own.unsafe(text, params),
+    connect: PgConnection.make(config)
+  }
+})
+
+/**
+ * Returns `true` when the fiber is inside a transaction of this client.
+ */
+export const inTransaction = (client: SqlClient.SqlClient, context: Context.Context<never>): boolean =>
+  Context.getOrUndefined(context, client.transactionService) !== undefined
+
+/** The key under which Effect keeps the innermost transaction of any client. */
+const CurrentTransaction = Context.Reference<object | undefined>("effect/sql/CurrentTransactionService", {
+  defaultValue: () => undefined
+})
+
+/**
+ * Returns `true` when the fiber is inside a transaction of any client.
+ */
+export const inAnyTransaction = (context: Context.Context<never>): boolean =>
+  Context.get(context, CurrentTransaction) !== undefined
+
+/**
+ * Takes the fiber out of every transaction it is in, for work that must not be part of one.
+ */
+export const outsideTransactions = (client: SqlClient.SqlClient) => <A, E, R>(self: Effect.Effect<A, E, R>) =>
+  Effect.updateContext(
+    self,
+    // Sound: R is what `self` needs, and it never needs a transaction service.
+    (context: Context.Context<R>) =>
+      Context.omit(client.transactionService, CurrentTransaction)(context) as Context.Context<R>
+  )
+
+/**
+ * Turns a lost connection inside a transaction back into a typed failure.
+ *
+ * **Details**
+ *
+ * When the connection dies, ROLLBACK fails too, and Effect promotes that to a defect which hides the first error.
+ */
+export const typedTransaction = <A, E, R>(self: Effect.Effect<A, E, R>): Effect.Effect<A, E | SqlError, R> =>
+  Effect.catchCause(self, (cause): Effect.Effect<never, E | SqlError> => {
+    for (const reason of cause.reasons) {
+      if (Cause.isDieReason(reason) && isSqlError(reason.defect)) return Effect.fail(reason.defect)
+    }
+    return Effect.failCause(cause)
+  })
+
+/**
+ * Returns the SQLSTATE of an error, when the server gave one.
+ */
+export const sqlState = (error: SqlError): string | undefined => {
+  const cause = error.reason.cause
+  return Predicate.hasProperty(cause, "code") && Predicate.isString(cause.code) && /^[0-9A-Z]{5}$/.test(cause.code)
+    ? cause.code
+    : undefined
+}
+
+/** Raised by the storage when an insert waited for the settle that ended the same job. */
+export const alreadyEnded = "PQ001"
+
+/**
+ * Returns `true` when the same statement may succeed later: an outage, a restart, a lock, a conflict.
+ *
+ * **Details**
+ *
+ * `SqlError.isRetryable` is not used: it is false for most outages (57P01, 57P03, 53300, 25006).
+ */
+export const isTransient = (error: unknown): boolean => {
+  if (!isSqlError(error)) return false
+  const state = sqlState(error)
+  if (state === undefined) {
+    return error.reason._tag === "ConnectionError" || /closed|timed out|terminated|rolled back/i.test(error.message)
+  }
+  if (state === "08P01") return false
+  return state === alreadyEnded ||
+    /^(08|40|53|58|57P|57014|55P03|25006|25P0[23]|XX000|0A000|26000)/.test(state)
+}
+
+/**
+ * Waits between tries of a statement that failed for a transient reason: 0.1 s doubling to 1 s, with jitter.
+ */
+export const backoff: Schedule.Schedule<unknown> = Schedule.min([
+  Schedule.exponential("100 millis"),
+  Schedule.spaced("1 second")
+]).pipe(Schedule.jittered)
+
+/**
+ * Returns the schema name as a quoted identifier. Only names that `isSchemaName` accepts get here.
+ */
+export const quoteSchema = (schema: string): string => `"${schema}"`
+
+/**
+ * Returns `true` for a name that may be used as the queue's schema.
+ */
+export const isSchemaName = (name: string): boolean => /^[a-z_][a-z0-9_]{0,40}$/.test(name)
+
+/**
+ * Returns the channel on which the queues of a schema are announced: at most 63 bytes, one per schema.
+ */
+export const channelOf = (schema: string): string => `effect_pgqueue_${schema}`

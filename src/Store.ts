@@ -1,0 +1,469 @@
+/**
+ * The only SQL of the queue: one named verb per statement.
+ *
+ * Every statement is a fixed text over bound parameters; the schema name, validated and quoted, is the only thing ever
+ * written into one. Arrays are bound as text and cast, so that any driver can send them.
+ *
+ * @since 0.1.0
+ */
+import * as Effect from "effect/Effect"
+import type { SqlError } from "effect/sql/SqlError"
+import * as Database from "./Database.ts"
+import * as Settlement from "./Settlement.ts"
+
+/** The first lane of suspects: jobs that have lost their worker more than once wait in 100 + priority. */
+export const suspectLane = 100
+
+/** The first lane of parked jobs: a kind that no live worker lists waits in 200 + priority. */
+export const parkedLane = 200
+
+/** A job as it is inserted: everything resolved, everything checked. */
+export interface NewJob {
+  readonly id: string
+  readonly kind: string
+  readonly queue: string
+  readonly priority: number
+  /** Milliseconds from now by the database's clock. */
+  readonly delay: number
+  /** Milliseconds since the epoch; wins over `delay`. */
+  readonly runAt: number | undefined
+  readonly maxAttempts: number
+  readonly timeout: number | undefined
+  /** JSON text. */
+  readonly payload: string
+  /** JSON text. */
+  readonly metadata: string
+  readonly trace: string | undefined
+  readonly unique: UniqueRule | undefined
+}
+
+/** A resolved uniqueness rule. */
+export interface UniqueRule {
+  readonly key: string
+  readonly period: number | undefined
+  readonly until: "started" | "finished"
+}
+
+/** Where a claim goes on reading one lane: after the row with this due time (microseconds) and id. */
+export interface LaneCursor {
+  readonly lane: number
+  readonly runAt: string
+  readonly id: string
+}
+
+/** The beginning of a lane. */
+export const laneStart = (lane: number): LaneCursor => ({
+  lane,
+  // Year -4713 in microseconds, the smallest timestamp, would overflow the arithmetic; no row is due before 1970.
+  runAt: "-1",
+  id: "00000000-0000-0000-0000-000000000000"
+})
+
+/** A claimed job. The columns of the job are `null` when its row is gone. */
+export interface ClaimedRow {
+  readonly id: string
+  readonly lane: number
+  readonly run_at: string
+  readonly kind: string | null
+  readonly priority: number
+  readonly attempt: number
+  readonly max_attempts: number
+  readonly rescued: number
+  readonly timeout_ms: number | null
+  readonly trace: string | null
+  readonly metadata: string
+  readonly enqueued_at: number
+  readonly scheduled_for: number
+  readonly payload: string
+  /** The earlier attempts, oldest first, as JSON text of `AttemptRow`s. */
+  readonly history: string | null
+}
+
+/** One ended attempt. */
+export interface AttemptRow {
+  readonly n: number
+  readonly tag: string
+  readonly message: string | null
+  readonly error: unknown
+  /** Milliseconds since the epoch. */
+  readonly at: number
+}
+
+/** What one beat learned. `alive` is `false` when the worker's row is gone: it was declared dead. */
+export interface Beat {
+  readonly alive: boolean
+  /** The worker's leases in the table, with their age in milliseconds. */
+  readonly leases: ReadonlyArray<{ readonly id: string; readonly age: number }>
+  /** Jobs in these leases that are marked as cancelled. */
+  readonly cancelled: ReadonlyArray<string>
+}
+
+/** The counts of one queue and kind. */
+export interface Stats {
+  readonly queue: string
+  readonly kind: string
+  readonly available: number
+  readonly scheduled: number
+  readonly retryable: number
+  readonly running: number
+  readonly completed: number
+  readonly cancelled: number
+  readonly discarded: number
+  /** Milliseconds the job at the front has been due; 0 when none is. */
+  readonly lag: number
+  /** Whether a live worker lists this kind. */
+  readonly handled: boolean
+}
+
+/** What a rescue or a release did. */
+export interface TakenBack {
+  readonly leases: number
+  readonly back: number
+  readonly ended: number
+  readonly queues: ReadonlyArray<string>
+}
+
+const micros = (column: string) => `(extract(epoch from ${column}) * 1000000)::int8::text`
+const millis = (column: string) => `(extract(epoch from ${column}) * 1000)::float8`
+
+const columnsOf = (jobs: ReadonlyArray<NewJob>): Array<unknown> => [
+  jobs.map((job) => job.id),
+  jobs.map((job) => job.kind),
+  jobs.map((job) => job.queue),
+  jobs.map((job) => job.priority),
+  jobs.map((job) => String(job.delay)),
+  jobs.map((job) => job.runAt === undefined ? "" : String(job.runAt)),
+  jobs.map((job) => job.maxAttempts),
+  jobs.map((job) => job.timeout === undefined ? "" : String(job.timeout)),
+  jobs.map((job) => job.payload),
+  jobs.map((job) => job.metadata),
+  jobs.map((job) => job.trace ?? "")
+]
+
+/**
+ * Builds the statements for one schema.
+ */
+export const make = (db: Database.Database, schema: string) => {
+  const s = Database.quoteSchema(schema)
+  const settlement = Settlement.statements(s)
+
+  // Ids that have ended are dropped before anything is inserted. `offset 0` keeps this a look-up per row: as a join,
+  // or a hashed subplan, it reads the whole history. One clock for the statement, so that a batch keeps its order by id.
+  const input = (extra: string, extraColumns: string) =>
+    `clock as materialized (select clock_timestamp() as now${extra}),
+    input as materialized (
+      select i.id, i.kind, i.queue, i.priority, i.max_attempts, nullif(i.timeout_ms, '')::int8 as timeout_ms, i.payload,
+        i.metadata, nullif(i.trace, '') as trace, greatest(clock.now,
+          case when i.run_at = '' then clock.now + i.delay::float8 * interval '1 millisecond'
+          else timestamptz 'epoch' + i.run_at::float8 * interval '1 millisecond' end) as run_at${extraColumns}
+      from clock, unnest($1::uuid[], $2::text[], $3::text[], $4::int2[], $5::text[], $6::text[], $7::int4[], $8::text[],
+        $9::json[], $10::json[], $11::text[]${extraColumns === "" ? "" : ", $12::text[], $13::text[], $14::text[]"})
+        as i(id, kind, queue, priority, delay, run_at, max_attempts, timeout_ms, payload, metadata, trace${
+      extraColumns === "" ? "" : ", key, until, period"
+    })
+      where not exists (select 1 from ${s}.finished f where f.id = i.id offset 0)
+    )`
+  // The last look into `finished` has a newer snapshot and refuses what the first one could not see yet.
+  const insertion = (from: string, key: string) =>
+    `inserted as (
+      insert into ${s}.job (id, kind, queue, priority, run_at, scheduled_for, max_attempts, timeout_ms, payload, metadata, trace, unique_key)
+      select id, kind, queue, priority, run_at, run_at, max_attempts, timeout_ms, payload, metadata, trace, ${key} from ${from}
+      on conflict (id) do nothing returning id, queue, priority, run_at, kind
+    ), line as (
+      insert into ${s}.ready (queue, lane, run_at, id, kind, attempt)
+      select queue, priority, run_at, id, kind, 0 from inserted on conflict do nothing
+    )
+    select count(*)::int4 as count, array_to_string(array_agg(id), ',') as ids,
+      ${s}.refuse_finished(coalesce(array_agg(id), '{}'))::text as checked from inserted`
+
+  const insertText = `with ${input("", "")}, ${insertion("input", "null")}`
+  // Keys are taken in order, so that two batches cannot deadlock, and with DO NOTHING, so that the holder is never
+  // locked. The lock timeout is for the one wait that is left: another transaction that has taken the key and not ended.
+  const insertUniqueText = `with ${
+    input(
+      ", case when $15::text <> '' then set_config('lock_timeout', $15::text, true) end as patience",
+      `, ${s}.hash_key(i.kind, i.key) as key, i.until,
+        case when i.period <> '' then clock.now + i.period::float8 * interval '1 millisecond' end as expires_at`
+    )
+  }, keys as (
+      insert into ${s}.unique_key (key, job, until, expires_at)
+      select distinct on (key) key, id, until, expires_at from input order by key, id
+      on conflict (key) do nothing returning job
+    ), won as materialized (
+      select * from input i where case when i.id in (select job from keys) then true else false end
+    ), ${insertion("won", "key")}`
+
+  const holdersText = `select i.id::text as id, k.job::text as holder, coalesce(k.expires_at <= clock_timestamp(), false) as expired
+    from unnest($1::uuid[], $2::text[], $3::text[]) as i(id, kind, key)
+    join ${s}.unique_key k on k.key = ${s}.hash_key(i.kind, i.key)`
+
+  const expireText = `delete from ${s}.unique_key where key = any (array(
+      select k.key from ${s}.unique_key k
+      where k.key = any (array(select ${s}.hash_key(i.kind, i.key) from unnest($1::text[], $2::text[]) as i(kind, key)))
+        and k.expires_at <= clock_timestamp()
+      order by k.key for update skip locked))`
+
+  // One probe per lane, each with its own limit, in lane order and only as far as needed: future jobs and lower
+  // priorities cost nothing. Gated on the worker's own row in front of everything (`me`), so that a process declared
+  // dead takes nothing. The kind filter is opaque (`case`), because no plan may be built around how rare a kind looks.
+  // Losing the commit in a server crash only puts the jobs back in line, so it does not wait for the disk.
+  const claimText = `with me as materialized (
+      select $4::int2[] as lanes from ${s}.worker w
+      where w.id = $1::uuid and set_config('synchronous_commit', 'off', true) is not null
+      for key share
+    ), picked as materialized (
+      select r.tid, r.id, r.lane, r.run_at
+      from unnest((select lanes from me), $5::int8[], $6::uuid[]) as l(lane, run_at, id)
+      cross join lateral (
+        select r.ctid as tid, r.id, r.lane, r.run_at from ${s}.ready r
+        where r.queue = $3::text and r.lane = l.lane
+          and (r.run_at, r.id) > (timestamptz 'epoch' + l.run_at * interval '1 microsecond', l.id)
+          and r.run_at <= statement_timestamp()
+          and case when r.kind = any ($7::text[]) or r.kind ^@ any ($8::text[]) then true else false end
+        order by r.run_at, r.id limit $9::int4 for update skip locked
+      ) r
+      limit $9::int4
+    ), taken as (
+      delete from ${s}.ready where ctid = any (array(select tid from picked))
+    ), held as (
+      insert into ${s}.lease (id, worker, ids)
+      select $2::uuid, $1::uuid, array_agg(id) from picked having count(*) > 0
+    )
+    select p.id::text as id, p.lane, ${micros("p.run_at")} as run_at, j.kind, j.priority, j.attempt, j.max_attempts,
+      j.rescued, j.timeout_ms::float8 as timeout_ms, j.trace, j.metadata::text as metadata, ${millis("j.enqueued_at")} as enqueued_at,
+      ${millis("j.scheduled_for")} as scheduled_for, j.payload::text as payload,
+      case when j.attempt > 0 or j.rescued > 0 then (
+        select json_agg(json_build_object('n', a.n, 'tag', a.tag, 'message', a.message, 'error', a.error, 'at', ${
+    millis("a.ended_at")
+  }) order by a.id)
+        from ${s}.attempt a where a.job = p.id)::text end as history
+    from picked p left join lateral (select * from ${s}.job j where j.id = p.id offset 0) j on true`
+
+  const beatText = `with beat as (
+      update ${s}.worker set beat_at = clock_timestamp() where id = $1::uuid returning id
+    )
+    select 'alive' as what, b.id::text as id, 0::float8 as age from beat b
+    union all
+    select 'lease', l.id::text, ${millis("statement_timestamp() - l.claimed_at")}
+    from ${s}.lease l where l.worker = $1::uuid
+    union all
+    select 'cancelled', j.id::text, 0
+    from ${s}.lease l cross join unnest(l.ids) as u(id)
+    cross join lateral (select j.id from ${s}.job j where j.id = u.id and j.cancelled_at is not null offset 0) j
+    where l.worker = $1::uuid`
+
+  // Skipped when locked and judged again after a lock was waited for: a late beat wins or loses cleanly.
+  const reapText = `delete from ${s}.worker where id = any (array(
+      select w.id from ${s}.worker w
+      where greatest(w.beat_at, pg_postmaster_start_time()) < clock_timestamp() - w.lease_ms * interval '1 millisecond'
+      order by w.id for update skip locked))
+    returning id::text as id`
+
+  // Two probes a lane, due and future: cheap however long the lanes are.
+  const lookText = `select q.queue, bool_or(p.due) as due, min(p.wait)::float8 as wait
+    from unnest($1::text[]) as q(queue) cross join unnest($2::int2[]) as l(lane)
+    cross join lateral (
+      select exists (
+          select 1 from ${s}.ready r where r.queue = q.queue and r.lane = l.lane and r.run_at <= statement_timestamp()
+          order by r.run_at, r.id limit 1) as due,
+        (select ${millis("r.run_at - statement_timestamp()")} from ${s}.ready r
+          where r.queue = q.queue and r.lane = l.lane and r.run_at > statement_timestamp()
+          order by r.run_at, r.id limit 1) as wait
+    ) p group by q.queue`
+
+  const statsText = `with line as (
+      select queue, kind, count(*) filter (where run_at <= clock_timestamp()) as available,
+        count(*) filter (where run_at > clock_timestamp() and attempt = 0) as scheduled,
+        count(*) filter (where run_at > clock_timestamp() and attempt > 0) as retryable,
+        greatest(0, ${millis("clock_timestamp() - min(run_at)")}) as lag
+      from ${s}.ready group by 1, 2
+    ), held as (
+      select j.queue, j.kind, count(*) as running
+      from ${s}.lease l cross join unnest(l.ids) as u(id) join ${s}.job j on j.id = u.id group by 1, 2
+    ), done as (
+      select queue, kind, count(*) filter (where status = 'completed') as completed,
+        count(*) filter (where status = 'cancelled') as cancelled, count(*) filter (where status = 'discarded') as discarded
+      from ${s}.finished group by 1, 2
+    )
+    select queue, kind, coalesce(available, 0)::float8 as available, coalesce(scheduled, 0)::float8 as scheduled,
+      coalesce(retryable, 0)::float8 as retryable, coalesce(running, 0)::float8 as running,
+      coalesce(completed, 0)::float8 as completed, coalesce(cancelled, 0)::float8 as cancelled,
+      coalesce(discarded, 0)::float8 as discarded, coalesce(lag, 0)::float8 as lag,
+      exists (select 1 from ${s}.worker w where queue = any (w.queues) and (kind = any (w.kinds) or kind ^@ any (w.prefixes))) as handled
+    from line full join held using (queue, kind) full join done using (queue, kind) order by 1, 2`
+
+  const rows = (text: string, params: ReadonlyArray<unknown>) => db.query<any>(text, params)
+
+  return {
+    /**
+     * Inserts jobs without a unique key; returns the ids that were not there before.
+     */
+    insert: Effect.fnUntraced(function*(jobs: ReadonlyArray<NewJob>, inUserTransaction: boolean) {
+      return insertedIds(yield* run(inUserTransaction, insertText, columnsOf(jobs)), jobs)
+    }),
+
+    /**
+     * Inserts jobs with a unique key; returns the ids that were inserted. The others have lost to a holder.
+     * `patience` bounds, in milliseconds, the wait for a transaction that has taken one of the keys and not ended.
+     */
+    insertUnique: Effect.fnUntraced(
+      function*(jobs: ReadonlyArray<NewJob>, inUserTransaction: boolean, patience: number | undefined) {
+        const keyed = [
+          ...columnsOf(jobs),
+          jobs.map((job) => job.unique!.key),
+          jobs.map((job) => job.unique!.until),
+          jobs.map((job) => job.unique!.period === undefined ? "" : String(job.unique!.period)),
+          patience === undefined ? "" : String(patience)
+        ]
+        return insertedIds(yield* run(inUserTransaction, insertUniqueText, keyed), jobs)
+      }
+    ),
+
+    /**
+     * Reads who holds the keys of these jobs.
+     */
+    holders: (
+      jobs: ReadonlyArray<NewJob>,
+      inUserTransaction: boolean
+    ): Effect.Effect<
+      ReadonlyArray<{ readonly id: string; readonly holder: string; readonly expired: boolean }>,
+      SqlError
+    > =>
+      run(inUserTransaction, holdersText, [
+        jobs.map((job) => job.id),
+        jobs.map((job) => job.kind),
+        jobs.map((job) => job.unique!.key)
+      ]),
+
+    /**
+     * Removes those keys of these jobs whose period is over.
+     */
+    expireKeys: (jobs: ReadonlyArray<NewJob>, inUserTransaction: boolean): Effect.Effect<void, SqlError> =>
+      Effect.asVoid(run(inUserTransaction, expireText, [
+        jobs.map((job) => job.kind),
+        jobs.map((job) => job.unique!.key)
+      ])),
+
+    /**
+     * Takes up to `limit` due jobs of one queue under a new lease. Nothing, when the worker's row is gone.
+     */
+    claim: (options: {
+      readonly worker: string
+      readonly lease: string
+      readonly queue: string
+      readonly lanes: ReadonlyArray<LaneCursor>
+      readonly kinds: ReadonlyArray<string>
+      readonly prefixes: ReadonlyArray<string>
+      readonly limit: number
+    }): Effect.Effect<ReadonlyArray<ClaimedRow>, SqlError> =>
+      rows(claimText, [
+        options.worker,
+        options.lease,
+        options.queue,
+        options.lanes.map((lane) => lane.lane),
+        options.lanes.map((lane) => lane.runAt),
+        options.lanes.map((lane) => lane.id),
+        options.kinds,
+        options.prefixes,
+        options.limit
+      ]),
+
+    /**
+     * Settles jobs under the fence: only those that are still in their lease. At most about 1 000 a statement.
+     */
+    settle: (
+      worker: string,
+      entries: ReadonlyArray<Settlement.Entry>
+    ): Effect.Effect<ReadonlyArray<Settlement.Answer>, SqlError> =>
+      rows(settlement.settle, Settlement.columnsOf(worker, entries)),
+
+    /**
+     * Registers a worker: from now on it may claim.
+     */
+    register: (worker: {
+      readonly id: string
+      readonly name: string
+      readonly queues: ReadonlyArray<string>
+      readonly kinds: ReadonlyArray<string>
+      readonly prefixes: ReadonlyArray<string>
+      readonly lease: number
+    }): Effect.Effect<void, SqlError> =>
+      Effect.asVoid(rows(
+        `insert into ${s}.worker (id, name, queues, kinds, prefixes, lease_ms)
+         values ($1::uuid, $2::text, $3::text[], $4::text[], $5::text[], $6::int8) on conflict (id) do nothing`,
+        [worker.id, worker.name, worker.queues, worker.kinds, worker.prefixes, worker.lease]
+      )),
+
+    /**
+     * Removes a worker that has handed everything back.
+     */
+    unregister: (worker: string): Effect.Effect<void, SqlError> =>
+      Effect.asVoid(rows(`delete from ${s}.worker where id = $1::uuid`, [worker])),
+
+    /** The text of `beat`, which travels on a connection of its own. */
+    beatText,
+
+    /**
+     * Deletes workers that have not been heard of for their lease time.
+     */
+    reapWorkers: (): Effect.Effect<ReadonlyArray<{ readonly id: string }>, SqlError> => rows(reapText, []),
+
+    /**
+     * Takes back the jobs of leases whose worker is gone; counts a rescue on each.
+     */
+    rescue: (limit: number): Effect.Effect<TakenBack, SqlError> =>
+      Effect.map(rows(settlement.rescue, [limit]), takenBack),
+
+    /**
+     * Puts the jobs of a worker's own leases back in line as if they had not been claimed.
+     */
+    release: (worker: string, leases: ReadonlyArray<string>): Effect.Effect<TakenBack, SqlError> =>
+      Effect.map(rows(settlement.release, [worker, leases]), takenBack),
+
+    /**
+     * Tells for each queue whether something is due and how many milliseconds until the next is.
+     */
+    look: (
+      queues: ReadonlyArray<string>,
+      lanes: ReadonlyArray<number>
+    ): Effect.Effect<
+      ReadonlyArray<{ readonly queue: string; readonly due: boolean; readonly wait: number | null }>,
+      SqlError
+    > => rows(lookText, [queues, lanes]),
+
+    /**
+     * Counts jobs by queue and kind.
+     */
+    stats: (): Effect.Effect<ReadonlyArray<Stats>, SqlError> => rows(statsText, [])
+  }
+
+  function run(inUserTransaction: boolean, text: string, params: ReadonlyArray<unknown>) {
+    return inUserTransaction ? db.app.unsafe<any>(text, params) : rows(text, params)
+  }
+}
+
+/** The statements of one schema. */
+export type Store = ReturnType<typeof make>
+
+const insertedIds = (
+  rows: ReadonlyArray<{ readonly count: number; readonly ids: string | null }>,
+  jobs: ReadonlyArray<NewJob>
+): ReadonlySet<string> => {
+  const row = rows[0]!
+  return new Set(row.count === jobs.length ? jobs.map((job) => job.id) : row.ids === null ? [] : row.ids.split(","))
+}
+
+const takenBack = (
+  rows: ReadonlyArray<{ leases: number; back: number; ended: number; queues: string | null }>
+): TakenBack => ({ ...rows[0]!, queues: rows[0]!.queues === null ? [] : JSON.parse(rows[0]!.queues) })
+
+/**
+ * Reads the rows of `beatText`.
+ */
+export const readBeat = (
+  rows: ReadonlyArray<{ readonly what: string; readonly id: string; readonly age: number }>
+): Beat => ({
+  alive: rows.some((row) => row.what === "alive"),
+  leases: rows.filter((row) => row.what === "lease"),
+  cancelled: rows.filter((row) => row.what === "cancelled").map((row) => row.id)
+})
