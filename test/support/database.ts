@@ -25,7 +25,8 @@ export const makeDatabase = Effect.fnUntraced(function*(serverUrl: string = inje
   url.pathname = `/${name}`
   yield* Effect.acquireRelease(
     onServer(serverUrl, `create database ${name}`),
-    () => Effect.orDie(onServer(serverUrl, `drop database if exists ${name} with (force)`))
+    // a server that a test has crashed takes its databases with it
+    () => Effect.ignore(onServer(serverUrl, `drop database if exists ${name} with (force)`), { log: "Warn" })
   )
   return { name, url: Redacted.make(url.href) }
 })

@@ -6,7 +6,7 @@
  */
 import { execFile, spawn } from "node:child_process"
 import { randomBytes } from "node:crypto"
-import { appendFile, chmod, chown, cp, mkdtemp, rm, writeFile } from "node:fs/promises"
+import { appendFile, chmod, cp, mkdtemp, rm, writeFile } from "node:fs/promises"
 import { createRequire } from "node:module"
 import { createServer, Socket } from "node:net"
 import { tmpdir } from "node:os"
@@ -74,12 +74,14 @@ export async function startPostgres(options: StartOptions = {}): Promise<Embedde
   const version = options.version ?? versionFromEnvironment()
   const owner = await serverOwner()
   const home = await mkdtemp(join(tmpdir(), `effect-pgqueue-${version}-`))
-  const own = (path: string) => owner.uid === undefined ? undefined : chown(path, owner.uid, owner.gid!)
+  const own = (path: string) =>
+    owner.uid === undefined ? undefined : run("chown", ["-R", `${owner.uid}:${owner.gid}`, path])
   await own(home)
 
   let janitor: Janitor | undefined
   try {
     const binaries = await reachable(await findBinaries(version), owner, home)
+    await own(home)
     const dataDir = join(home, "data")
     const logFile = join(home, "server.log")
     const as = { ...owner, cwd: home, env: { ...process.env, LC_ALL: "C" } }
