@@ -3,7 +3,11 @@
  *
  * They share one order of steps. Lock the leases in id order; keep the jobs that are still in their lease (that is the
  * fence); lock the job rows, skipping those that somebody else holds; decide everything from the locked rows; write by
- * row id only; take exactly these ids out of the leases and delete the leases that became empty.
+ * id only; take exactly these ids out of the leases and delete the leases that became empty.
+ *
+ * By id and never by ctid: a locked row may be newer than the statement's snapshot (somebody marked the job as cancelled
+ * while the lease was waited for). Its ctid is then that of a version the snapshot cannot see, and a write by ctid
+ * silently finds nothing, while a write by id follows the row to its newest version.
  *
  * @since 0.1.0
  */
@@ -66,15 +70,15 @@ export const statements = (s: string) => {
   // transaction would hold up the whole batch.
   const locked = (from: string, columns: string) =>
     `locked as materialized (
-      select ${columns}, j.*, k.tid as key_tid,
-        case when j.unique_key is null or k.tid is not null then false
+      select ${columns}, j.*, k.held is not null as key_held,
+        case when j.unique_key is null or k.held then false
         else exists (select 1 from ${s}.unique_key u where u.key = j.unique_key and u.job = j.id offset 0) end as key_busy
       from ${from} m
       cross join lateral (
-        select j.ctid as tid, j.* from ${s}.job j where j.id = m.id for update skip locked
+        select j.* from ${s}.job j where j.id = m.id for update skip locked
       ) j
       left join lateral (
-        select u.ctid as tid from ${s}.unique_key u where u.key = j.unique_key and u.job = j.id for update skip locked
+        select true as held from ${s}.unique_key u where u.key = j.unique_key and u.job = j.id for update skip locked
       ) k on true
     )`
 
@@ -88,9 +92,9 @@ export const statements = (s: string) => {
         next_rescued, next_snoozed, ${lease}, ${worker}, group_key, trace, metadata, enqueued_at, scheduled_for, started_at, now, payload
       from decided where status is not null on conflict (id) do nothing
     ), removed as (
-      delete from ${s}.job where ctid = any (array(select tid from decided where status is not null))
+      delete from ${s}.job where id = any (array(select id from decided where status is not null))
     ), freed as (
-      delete from ${s}.unique_key where ctid = any (array(select key_tid from decided where status is not null and key_tid is not null))
+      delete from ${s}.unique_key where key = any (array(select unique_key from decided where status is not null and key_held))
         and (expires_at is null or expires_at <= clock_timestamp())
     ), back as (
       insert into ${s}.ready (queue, lane, run_at, id, kind, attempt, group_key)
@@ -98,7 +102,7 @@ export const statements = (s: string) => {
       from decided where status is null on conflict do nothing
     ), moved as (
       update ${s}.job j set attempt = d.next_attempt, rescued = d.next_rescued, snoozed = d.next_snoozed, run_at = d.next_run_at
-      from decided d where j.ctid = d.tid and d.status is null and d.changed
+      from decided d where j.id = any (array(select id from decided where status is null and changed)) and d.id = j.id
     ), tried as (
       insert into ${s}.attempt (job, n, tag, message, error, worker, started_at, ended_at)
       select id, attempt + 1, failure ->> 'tag', failure ->> 'message', failure -> 'error', ${worker}, started_at, now
