@@ -176,8 +176,13 @@ const initial = (s: string, channel: string): ReadonlyArray<string> => [
   `alter table ${s}.worker set (fillfactor = 50, autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 500)`,
   // VOLATILE, so that its query has a snapshot of its own, newer than that of the statement that calls it: an insert
   // that waited for the settle of the same id sees the finished row only here. Without it the job runs twice.
-  `create function ${s}.refuse_finished(ids uuid[]) returns void language plpgsql volatile set search_path = pg_catalog as $$
+  // Without sequential scans, because a session keeps the plan, and may have made it while the table was empty.
+  `create function ${s}.refuse_finished(ids uuid[], expected integer) returns void language plpgsql volatile
+    set search_path = pg_catalog set enable_seqscan = off as $$
   begin
+    if cardinality(ids) < expected then
+      raise exception 'a job with this id came in at the same time' using errcode = 'PQ001';
+    end if;
     if exists (select 1 from ${s}.finished f where f.id = any (ids)) then
       raise exception 'a job with this id has already ended' using errcode = 'PQ001';
     end if;
@@ -194,7 +199,7 @@ const initial = (s: string, channel: string): ReadonlyArray<string> => [
     kind text, payload json default 'null', queue text default 'default', priority integer default 5,
     run_at timestamptz default null, delay interval default null, max_attempts integer default 5,
     timeout interval default null, unique_key text default null, metadata json default '{}', id uuid default null
-  ) returns uuid language plpgsql volatile set search_path = pg_catalog as $$
+  ) returns uuid language plpgsql volatile set search_path = pg_catalog set enable_seqscan = off as $$
   declare
     asked uuid := coalesce(enqueue.id, ${s}.uuid_v7());
     due timestamptz := greatest(coalesce(enqueue.run_at, clock_timestamp() + coalesce(enqueue.delay, interval '0')), clock_timestamp());
@@ -220,8 +225,11 @@ const initial = (s: string, channel: string): ReadonlyArray<string> => [
       on conflict do nothing returning job.id into inserted;
     if inserted is not null then
       insert into ${s}.ready (queue, lane, run_at, id, kind, attempt) values (enqueue.queue, enqueue.priority, due, asked, enqueue.kind, 0);
-      perform ${s}.refuse_finished(array[asked]);
+      perform ${s}.refuse_finished(array[asked], 1);
       perform pg_notify('${channel}', enqueue.queue);
+    elsif hashed is not null then
+      -- The id is there under another key, or without one: nobody would ever give this key back.
+      delete from ${s}.unique_key k where k.key = hashed and k.job = asked;
     end if;
     return asked;
   end $$`,

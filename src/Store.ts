@@ -35,6 +35,8 @@ export interface NewJob {
   readonly metadata: string
   readonly trace: string | undefined
   readonly unique: UniqueRule | undefined
+  /** The id is the caller's choice: finding it there need not be a replay of this insert. */
+  readonly idGiven?: boolean
 }
 
 /** A resolved uniqueness rule. */
@@ -42,6 +44,7 @@ export interface UniqueRule {
   readonly key: string
   readonly period: number | undefined
   readonly until: "started" | "finished"
+  readonly onConflict: "keep" | "replace" | "debounce"
 }
 
 /** Where a claim goes on reading one lane: after the row with this due time (microseconds) and id. */
@@ -74,6 +77,8 @@ export interface ClaimedRow {
   readonly metadata: string
   readonly enqueued_at: number
   readonly scheduled_for: number
+  /** The database's clock when it was claimed. */
+  readonly claimed_at: number
   readonly payload: string
   /** The earlier attempts, oldest first, as JSON text of `AttemptRow`s. */
   readonly history: string | null
@@ -123,6 +128,9 @@ export interface TakenBack {
   readonly queues: ReadonlyArray<string>
 }
 
+/** Announces queues: one statement, whatever their number. */
+export const notifyText = "select pg_notify($1::text, p)::text as sent from unnest($2::text[]) as p"
+
 const micros = (column: string) => `(extract(epoch from ${column}) * 1000000)::int8::text`
 const millis = (column: string) => `(extract(epoch from ${column}) * 1000)::float8`
 
@@ -149,22 +157,26 @@ export const make = (db: Database.Database, schema: string) => {
 
   // Ids that have ended are dropped before anything is inserted. `offset 0` keeps this a look-up per row: as a join,
   // or a hashed subplan, it reads the whole history. One clock for the statement, so that a batch keeps its order by id.
-  const input = (extra: string, extraColumns: string) =>
+  const input = (extra: string, extraColumns: string, keyed: boolean) =>
     `clock as materialized (select clock_timestamp() as now${extra}),
     input as materialized (
-      select i.id, i.kind, i.queue, i.priority, i.max_attempts, nullif(i.timeout_ms, '')::int8 as timeout_ms, i.payload,
+      select ${
+      keyed ? "distinct on (i.id) " : ""
+    }i.id, i.kind, i.queue, i.priority, i.max_attempts, nullif(i.timeout_ms, '')::int8 as timeout_ms, i.payload,
         i.metadata, nullif(i.trace, '') as trace, greatest(clock.now,
           case when i.run_at = '' then clock.now + i.delay::float8 * interval '1 millisecond'
           else timestamptz 'epoch' + i.run_at::float8 * interval '1 millisecond' end) as run_at${extraColumns}
       from clock, unnest($1::uuid[], $2::text[], $3::text[], $4::int2[], $5::text[], $6::text[], $7::int4[], $8::text[],
-        $9::json[], $10::json[], $11::text[]${extraColumns === "" ? "" : ", $12::text[], $13::text[], $14::text[]"})
+        $9::json[], $10::json[], $11::text[]${keyed ? ", $12::text[], $13::text[], $14::text[]" : ""})
         as i(id, kind, queue, priority, delay, run_at, max_attempts, timeout_ms, payload, metadata, trace${
-      extraColumns === "" ? "" : ", key, until, period"
+      keyed ? ", key, until, period" : ""
     })
-      where not exists (select 1 from ${s}.finished f where f.id = i.id offset 0)
+      where not exists (select 1 from ${s}.finished f where f.id = i.id offset 0)${
+      keyed ? ` and not exists (select 1 from ${s}.job j where j.id = i.id offset 0)` : ""
+    }
     )`
   // The last look into `finished` has a newer snapshot and refuses what the first one could not see yet.
-  const insertion = (from: string, key: string) =>
+  const insertion = (from: string, key: string, expected: string) =>
     `inserted as (
       insert into ${s}.job (id, kind, queue, priority, run_at, scheduled_for, max_attempts, timeout_ms, payload, metadata, trace, unique_key)
       select id, kind, queue, priority, run_at, run_at, max_attempts, timeout_ms, payload, metadata, trace, ${key} from ${from}
@@ -174,16 +186,19 @@ export const make = (db: Database.Database, schema: string) => {
       select queue, priority, run_at, id, kind, 0 from inserted on conflict do nothing
     )
     select count(*)::int4 as count, array_to_string(array_agg(id), ',') as ids,
-      ${s}.refuse_finished(coalesce(array_agg(id), '{}'))::text as checked from inserted`
+      ${s}.refuse_finished(coalesce(array_agg(id), '{}'), ${expected})::text as checked from inserted`
 
-  const insertText = `with ${input("", "")}, ${insertion("input", "null")}`
+  const insertText = `with ${input("", "", false)}, ${insertion("input", "null", "0")}`
+  // An id that is there already takes no key with it: nobody would ever give that key back. One that comes in at the same
+  // time has won a key and inserts nothing; that is refused at the end, and the filter drops it when it is sent again.
   // Keys are taken in order, so that two batches cannot deadlock, and with DO NOTHING, so that the holder is never
   // locked. The lock timeout is for the one wait that is left: another transaction that has taken the key and not ended.
   const insertUniqueText = `with ${
     input(
       ", case when $15::text <> '' then set_config('lock_timeout', $15::text, true) end as patience",
       `, ${s}.hash_key(i.kind, i.key) as key, i.until,
-        case when i.period <> '' then clock.now + i.period::float8 * interval '1 millisecond' end as expires_at`
+        case when i.period <> '' then clock.now + i.period::float8 * interval '1 millisecond' end as expires_at`,
+      true
     )
   }, keys as (
       insert into ${s}.unique_key (key, job, until, expires_at)
@@ -191,11 +206,17 @@ export const make = (db: Database.Database, schema: string) => {
       on conflict (key) do nothing returning job
     ), won as materialized (
       select * from input i where case when i.id in (select job from keys) then true else false end
-    ), ${insertion("won", "key")}`
+    ), ${insertion("won", "key", "(select count(*)::int4 from won)")}`
 
-  const holdersText = `select i.id::text as id, k.job::text as holder, coalesce(k.expires_at <= clock_timestamp(), false) as expired
+  // A job that is there, or has ended, answers for itself: this was a replay, whoever has the key by now.
+  const holdersText = `select i.id::text as id, coalesce(own.id, k.job)::text as holder,
+      own.id is null and coalesce(k.expires_at <= clock_timestamp(), false) as expired
     from unnest($1::uuid[], $2::text[], $3::text[]) as i(id, kind, key)
-    join ${s}.unique_key k on k.key = ${s}.hash_key(i.kind, i.key)`
+    left join lateral (
+      select j.id from ${s}.job j where j.id = i.id union all select f.id from ${s}.finished f where f.id = i.id limit 1
+    ) own on true
+    left join lateral (select * from ${s}.unique_key k where k.key = ${s}.hash_key(i.kind, i.key) offset 0) k on true
+    where own.id is not null or k.job is not null`
 
   const expireText = `delete from ${s}.unique_key where key = any (array(
       select k.key from ${s}.unique_key k
@@ -230,8 +251,12 @@ export const make = (db: Database.Database, schema: string) => {
       select $2::uuid, $1::uuid, array_agg(id) from picked having count(*) > 0
     )
     select p.id::text as id, p.lane, ${micros("p.run_at")} as run_at, j.kind, j.priority, j.attempt, j.max_attempts,
-      j.rescued, j.timeout_ms::float8 as timeout_ms, j.trace, j.metadata::text as metadata, ${millis("j.enqueued_at")} as enqueued_at,
-      ${millis("j.scheduled_for")} as scheduled_for, j.payload::text as payload,
+      j.rescued, j.timeout_ms::float8 as timeout_ms, j.trace, j.metadata::text as metadata, ${
+    millis("j.enqueued_at")
+  } as enqueued_at,
+      ${millis("j.scheduled_for")} as scheduled_for, ${
+    millis("clock_timestamp()")
+  } as claimed_at, j.payload::text as payload,
       case when j.attempt > 0 or j.rescued > 0 then (
         select json_agg(json_build_object('n', a.n, 'tag', a.tag, 'message', a.message, 'error', a.error, 'at', ${
     millis("a.ended_at")
@@ -320,7 +345,7 @@ export const make = (db: Database.Database, schema: string) => {
     ),
 
     /**
-     * Reads who holds the keys of these jobs.
+     * Reads who holds the keys of these jobs. A job that is there or has ended holds its own; no row when nobody does.
      */
     holders: (
       jobs: ReadonlyArray<NewJob>,
@@ -438,7 +463,8 @@ export const make = (db: Database.Database, schema: string) => {
   }
 
   function run(inUserTransaction: boolean, text: string, params: ReadonlyArray<unknown>) {
-    return inUserTransaction ? db.app.unsafe<any>(text, params) : rows(text, params)
+    // Unprepared: the application's sessions may keep a plan that was made while a table was empty.
+    return inUserTransaction ? db.app.unsafe<any>(text, params).unprepared : rows(text, params)
   }
 }
 
