@@ -31,7 +31,9 @@ export interface Database {
   /** The client behind `query`, for what needs a transaction. */
   readonly own: SqlClient.SqlClient
   /** Opens a session that nobody else can hold up; `undefined` when the client is not a `PgClient`. */
-  readonly connect: Effect.Effect<PgConnection.PgConnection, SqlError, Scope.Scope> | undefined
+  readonly connect:
+    | ((settings?: Record<string, string>) => Effect.Effect<PgConnection.PgConnection, SqlError, Scope.Scope>)
+    | undefined
 }
 
 const isPgClient = (client: SqlClient.SqlClient): client is PgClient.PgClient =>
@@ -93,7 +95,8 @@ export const make = Effect.fnUntraced(function*(
     app,
     own,
     query: (text, params) => own.unsafe(text, params),
-    connect: PgConnection.make(config)
+    connect: (settings) =>
+      PgConnection.make({ ...config, startupParameters: { ...config.startupParameters, ...settings } })
   }
 })
 

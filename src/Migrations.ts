@@ -238,7 +238,9 @@ const initial = (s: string, channel: string): ReadonlyArray<string> => [
   `revoke all on all functions in schema ${s} from public`
 ]
 
-const migrations: ReadonlyArray<readonly [id: number, name: string, (quotedSchema: string, channel: string) => ReadonlyArray<string>]> = [
+const migrations: ReadonlyArray<
+  readonly [id: number, name: string, (quotedSchema: string, channel: string) => ReadonlyArray<string>]
+> = [
   [1, "initial", initial]
 ]
 
@@ -314,7 +316,9 @@ export const run = Effect.fn("Migrations.run")(
     const quoted = Database.quoteSchema(schema)
     if ((yield* current(sql, schema)) >= version) return
     const migrate = Effect.gen(function*() {
-      yield* sql.unsafe("select set_config('lock_timeout', '1000', true), set_config('client_min_messages', 'warning', true)")
+      yield* sql.unsafe(
+        "select set_config('lock_timeout', '1000', true), set_config('client_min_messages', 'warning', true)"
+      )
       // Two 32-bit keys: a namespace of our own ("pgqq") and the schema. Transaction-level, so that no pooler can leak it.
       yield* sql.unsafe(`select pg_advisory_xact_lock(1885827953, hashtext($1))`, [schema])
       yield* sql.unsafe(`create schema if not exists ${quoted}`)
@@ -324,7 +328,11 @@ export const run = Effect.fn("Migrations.run")(
           [
             id,
             name,
-            Effect.succeed(Effect.forEach(statements(quoted, Database.channelOf(schema)), (text) => sql.unsafe(text), { discard: true }))
+            Effect.succeed(
+              Effect.forEach(statements(quoted, Database.channelOf(schema)), (text) => sql.unsafe(text), {
+                discard: true
+              })
+            )
           ] as const
         ))
       }).pipe(Effect.provideService(SqlClient.SqlClient, sql))

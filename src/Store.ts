@@ -134,7 +134,8 @@ export const notifyText = "select pg_notify($1::text, p)::text as sent from unne
 const micros = (column: string) => `(extract(epoch from ${column}) * 1000000)::int8::text`
 const millis = (column: string) => `(extract(epoch from ${column}) * 1000)::float8`
 
-const columnsOf = (jobs: ReadonlyArray<NewJob>): Array<unknown> => [
+/** The parameters of `insert`. */
+export const columnsOf = (jobs: ReadonlyArray<NewJob>): Array<unknown> => [
   jobs.map((job) => job.id),
   jobs.map((job) => job.kind),
   jobs.map((job) => job.queue),
@@ -146,6 +147,15 @@ const columnsOf = (jobs: ReadonlyArray<NewJob>): Array<unknown> => [
   jobs.map((job) => job.payload),
   jobs.map((job) => job.metadata),
   jobs.map((job) => job.trace ?? "")
+]
+
+/** The parameters of `insertUnique`. */
+export const keyedColumnsOf = (jobs: ReadonlyArray<NewJob>, patience: number | undefined): Array<unknown> => [
+  ...columnsOf(jobs),
+  jobs.map((job) => job.unique!.key),
+  jobs.map((job) => job.unique!.until),
+  jobs.map((job) => job.unique!.period === undefined ? "" : String(job.unique!.period)),
+  patience === undefined ? "" : String(patience)
 ]
 
 /**
@@ -218,11 +228,13 @@ export const make = (db: Database.Database, schema: string) => {
     left join lateral (select * from ${s}.unique_key k where k.key = ${s}.hash_key(i.kind, i.key) offset 0) k on true
     where own.id is not null or k.job is not null`
 
+  // The condition on the time is opaque: the planner would rather walk the index of all keys with a period.
   const expireText = `delete from ${s}.unique_key where key = any (array(
-      select k.key from ${s}.unique_key k
-      where k.key = any (array(select ${s}.hash_key(i.kind, i.key) from unnest($1::text[], $2::text[]) as i(kind, key)))
-        and k.expires_at <= clock_timestamp()
-      order by k.key for update skip locked))`
+      select k.key from (select distinct ${s}.hash_key(i.kind, i.key) as key from unnest($1::text[], $2::text[]) as i(kind, key)) i
+      cross join lateral (
+        select u.key from ${s}.unique_key u
+        where u.key = i.key and case when u.expires_at <= clock_timestamp() then true else false end for update skip locked
+      ) k))`
 
   // One probe per lane, each with its own limit, in lane order and only as far as needed: future jobs and lower
   // priorities cost nothing. Gated on the worker's own row in front of everything (`me`), so that a process declared
@@ -284,13 +296,13 @@ export const make = (db: Database.Database, schema: string) => {
       order by w.id for update skip locked))
     returning id::text as id`
 
-  // Two probes a lane, due and future: cheap however long the lanes are.
+  // Two probes a lane, due and future: cheap however long the lanes are. Not EXISTS: it drops the order, and then a scan of
+  // the whole line looks cheap to the planner, which expects the first row to fit.
   const lookText = `select q.queue, bool_or(p.due) as due, min(p.wait)::float8 as wait
     from unnest($1::text[]) as q(queue) cross join unnest($2::int2[]) as l(lane)
     cross join lateral (
-      select exists (
-          select 1 from ${s}.ready r where r.queue = q.queue and r.lane = l.lane and r.run_at <= statement_timestamp()
-          order by r.run_at, r.id limit 1) as due,
+      select (select true from ${s}.ready r where r.queue = q.queue and r.lane = l.lane and r.run_at <= statement_timestamp()
+          order by r.run_at, r.id limit 1) is not null as due,
         (select ${millis("r.run_at - statement_timestamp()")} from ${s}.ready r
           where r.queue = q.queue and r.lane = l.lane and r.run_at > statement_timestamp()
           order by r.run_at, r.id limit 1) as wait
@@ -333,14 +345,7 @@ export const make = (db: Database.Database, schema: string) => {
      */
     insertUnique: Effect.fnUntraced(
       function*(jobs: ReadonlyArray<NewJob>, inUserTransaction: boolean, patience: number | undefined) {
-        const keyed = [
-          ...columnsOf(jobs),
-          jobs.map((job) => job.unique!.key),
-          jobs.map((job) => job.unique!.until),
-          jobs.map((job) => job.unique!.period === undefined ? "" : String(job.unique!.period)),
-          patience === undefined ? "" : String(patience)
-        ]
-        return insertedIds(yield* run(inUserTransaction, insertUniqueText, keyed), jobs)
+        return insertedIds(yield* run(inUserTransaction, insertUniqueText, keyedColumnsOf(jobs, patience)), jobs)
       }
     ),
 
@@ -427,6 +432,19 @@ export const make = (db: Database.Database, schema: string) => {
 
     /** The text of `beat`, which travels on a connection of its own. */
     beatText,
+
+    /** The statements as they are sent, for tests of their plans. */
+    texts: {
+      insert: insertText,
+      insertUnique: insertUniqueText,
+      holders: holdersText,
+      expireKeys: expireText,
+      claim: claimText,
+      beat: beatText,
+      reap: reapText,
+      look: lookText,
+      ...settlement
+    },
 
     /**
      * Deletes workers that have not been heard of for their lease time.

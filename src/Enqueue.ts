@@ -1,0 +1,276 @@
+/**
+ * What may enter the queue: payloads encoded and checked, options resolved, bad input refused with a typed error
+ * before any SQL.
+ *
+ * @since 0.1.0
+ */
+import * as Context from "effect/Context"
+import { SecureRandom } from "effect/crypto"
+import * as DateTime from "effect/DateTime"
+import * as Duration from "effect/Duration"
+import * as Effect from "effect/Effect"
+import * as Option from "effect/Option"
+import * as Predicate from "effect/Predicate"
+import * as Schema from "effect/Schema"
+import * as Tracer from "effect/Tracer"
+import { maxPayloadBytes } from "./Migrations.ts"
+import type * as Store from "./Store.ts"
+
+/**
+ * An enqueue was refused where it entered; nothing was sent to the database.
+ *
+ * **Details**
+ *
+ * - `InvalidPayload`: the payload does not fit its schema, or is not JSON that PostgreSQL can hold (NUL, lone surrogates, nesting deeper than 256).
+ * - `InvalidOption`: an option is out of range; the message names it.
+ * - `TooLarge`: the encoded payload is over 1 MiB, or the metadata over 64 KiB.
+ * - `ForeignTransaction`: the fiber is in a transaction of another `SqlClient`, so the job would not be part of it.
+ *
+ * @category errors
+ * @since 0.1.0
+ */
+export class EnqueueError extends Schema.TaggedError<EnqueueError>()("EnqueueError", {
+  kind: Schema.String,
+  message: Schema.String,
+  reason: Schema.Literals(["InvalidPayload", "InvalidOption", "TooLarge", "ForeignTransaction"])
+}) {}
+
+/**
+ * The identifier of a job: a UUID, version 7 unless the caller chose another.
+ *
+ * @category models
+ * @since 0.1.0
+ */
+export type JobId = string & { readonly "~JobId": never }
+
+/**
+ * Text that travels with a job and is not part of its payload: tenant, request id, source.
+ *
+ * @category models
+ * @since 0.1.0
+ */
+export type Metadata = { readonly [key: string]: string }
+
+/**
+ * When a job runs among the due ones of its queue: smaller runs first. `"high"` is 2, `"normal"` 5, `"low"` 8.
+ *
+ * @category models
+ * @since 0.1.0
+ */
+export type Priority = "high" | "normal" | "low" | 0 | 1 | 2 | 3 | 4 | 5 | 6 | 7 | 8 | 9
+
+/**
+ * A uniqueness rule: at most one job of the kind holds `key` at a time.
+ *
+ * @category models
+ * @since 0.1.0
+ */
+export interface Unique {
+  /** 1 to 1 024 characters. Stored hashed, together with the kind. */
+  readonly key: string
+  /** Hold the key for this long from the enqueue, whatever becomes of the job. Default: no period, see `until`. */
+  readonly period?: Duration.Input | undefined
+  /** Without a `period`, when the key is released: as soon as the job starts, or when it has ended. Default `"finished"`. */
+  readonly until?: "started" | "finished" | undefined
+  /**
+   * What an enqueue does that meets a holder. `"keep"` (default) leaves it alone. `"replace"` gives a holder that is
+   * still waiting the new payload and options but not a new due time. `"debounce"` also starts its delay again.
+   */
+  readonly onConflict?: "keep" | "replace" | "debounce" | undefined
+}
+
+/**
+ * The options of one enqueue. They win over the definition's.
+ *
+ * @category models
+ * @since 0.1.0
+ */
+export interface EnqueueOptions {
+  /** A UUID of the caller's choice: enqueueing the same id again inserts nothing. Default: a new UUIDv7. */
+  readonly id?: string | undefined
+  /** Start no earlier than this from now, by the database's clock. Default 0. Not together with `runAt`. */
+  readonly delay?: Duration.Input | undefined
+  /** Start no earlier than this. An instant in the past means now. */
+  readonly runAt?: DateTime.DateTime | Date | undefined
+  /** Default: the definition's. */
+  readonly priority?: Priority | undefined
+  /** The line to stand in: 1 to 128 characters. Default: the definition's. */
+  readonly queue?: string | undefined
+  /** How many attempts may fail before the job is discarded: 1 to 1 000. Default: the definition's. */
+  readonly maxAttempts?: number | undefined
+  /** How long one attempt may run. Default: the definition's. */
+  readonly timeout?: Duration.Input | undefined
+  /** A key, or a rule. Default: the definition's. */
+  readonly unique?: string | Unique | undefined
+  /** At most 64 KiB as JSON. */
+  readonly metadata?: Metadata | undefined
+}
+
+/** What a definition says of its jobs, resolved. */
+export interface Defaults {
+  readonly queue: string
+  readonly priority: Priority
+  readonly maxAttempts: number
+  readonly timeout: Duration.Input | undefined
+  readonly unique: ((payload: never) => string | Unique | undefined) | undefined
+}
+
+const uuidPattern = /^[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}$/i
+// 9999-12-31, well inside what both JavaScript and PostgreSQL can hold.
+const latest = 253_402_214_400_000
+const maxDepth = 256
+
+const priorities = { high: 2, normal: 5, low: 8 } as const
+
+/**
+ * Builds the job to insert, or fails with what is wrong.
+ */
+export const resolve = Effect.fnUntraced(function*<P extends Schema.Top>(
+  kind: string,
+  schema: P,
+  encode: (value: P["Type"]) => Effect.Effect<unknown, Schema.SchemaError, P["EncodingServices"]>,
+  defaults: Defaults,
+  input: P["~type.make.in"],
+  own: EnqueueOptions | ((payload: P["Type"]) => EnqueueOptions)
+): Effect.fn.Return<Store.NewJob, EnqueueError, P["EncodingServices"]> {
+  const refuse = (reason: EnqueueError["reason"]) => (message: string) => new EnqueueError({ kind, reason, message })
+  const invalid = refuse("InvalidOption")
+
+  const payload = yield* Effect.mapError(schema.makeEffect(input), (issue) => refuse("InvalidPayload")(String(issue)))
+  const encoded = yield* Effect.mapError(encode(payload), (error) => refuse("InvalidPayload")(error.message))
+  const json = yield* jsonText(encoded, maxPayloadBytes, refuse, "the payload")
+  const options = Predicate.isFunction(own) ? own(payload) : own
+
+  const nameProblem = problemOfName("kind", kind, 200) ?? problemOfName("queue", options.queue ?? defaults.queue, 128)
+  if (nameProblem !== undefined) return yield* invalid(nameProblem)
+  if (options.id !== undefined && !uuidPattern.test(options.id)) return yield* invalid("id must be a UUID")
+
+  const priority = options.priority ?? defaults.priority
+  const level = Predicate.isString(priority) ? priorities[priority] : priority
+  if (!Number.isInteger(level) || level < 0 || level > 9) {
+    return yield* invalid(`priority must be "high", "normal", "low" or an integer from 0 to 9`)
+  }
+  const maxAttempts = options.maxAttempts ?? defaults.maxAttempts
+  if (!Number.isInteger(maxAttempts) || maxAttempts < 1 || maxAttempts > 1000) {
+    return yield* invalid("maxAttempts must be an integer from 1 to 1000")
+  }
+  const timeout = millisOf(options.timeout ?? defaults.timeout)
+  if (timeout !== undefined && !(timeout >= 1 && timeout <= latest)) {
+    return yield* invalid("timeout must be at least a millisecond and finite")
+  }
+  if (options.delay !== undefined && options.runAt !== undefined) {
+    return yield* invalid("delay and runAt exclude each other")
+  }
+  const delay = millisOf(options.delay) ?? 0
+  if (!(delay >= 0 && delay <= latest)) return yield* invalid("delay must not be negative and must be finite")
+  const runAt = options.runAt === undefined ? undefined : epochMillis(options.runAt)
+  if (runAt !== undefined && !(Math.abs(runAt) <= latest)) {
+    return yield* invalid("runAt must be a valid date before the year 10000")
+  }
+
+  const metadata = options.metadata === undefined
+    ? "{}"
+    : yield* jsonText(checkMetadata(options.metadata), 65_536, refuse, "metadata")
+
+  const rule = options.unique ??
+    (defaults.unique as ((payload: P["Type"]) => string | Unique | undefined) | undefined)?.(payload)
+  const unique = rule === undefined ? undefined : resolveUnique(rule)
+  if (Predicate.isString(unique)) return yield* invalid(unique)
+
+  return {
+    id: options.id?.toLowerCase() ?? SecureRandom.uuidV7Unsafe(),
+    kind,
+    queue: options.queue ?? defaults.queue,
+    priority: level,
+    delay,
+    runAt,
+    maxAttempts,
+    timeout,
+    payload: json,
+    metadata,
+    trace: traceParent(yield* Effect.context()),
+    unique,
+    idGiven: options.id !== undefined
+  }
+})
+
+/**
+ * Returns why a name cannot be used, or `undefined` when it can.
+ */
+export const problemOfName = (what: string, name: string, limit: number): string | undefined =>
+  !Predicate.isString(name) || name.length === 0 || name.length > limit || !name.isWellFormed() ||
+    // eslint-disable-next-line no-control-regex -- control characters are what is looked for
+    /[\u0000-\u001f\u007f]/.test(name)
+    ? `${what} must be 1 to ${limit} characters without control characters`
+    : undefined
+
+/**
+ * Stringifies a JSON value once and returns the text, or fails when PostgreSQL could not hold it.
+ */
+export const jsonText = <E>(
+  value: unknown,
+  limit: number,
+  refuse: (reason: "InvalidPayload" | "TooLarge") => (message: string) => E,
+  what: string
+): Effect.Effect<string, E> =>
+  Effect.suspend(() => {
+    let text: string | undefined
+    try {
+      text = JSON.stringify(value)
+    } catch (cause) {
+      return Effect.fail(refuse("InvalidPayload")(`${what} cannot be written as JSON: ${String(cause)}`))
+    }
+    if (text === undefined) return Effect.fail(refuse("InvalidPayload")(`${what} is not a JSON value`))
+    // Only control characters and lone surrogates are written as \uXXXX, so a text without one needs no closer look.
+    if (text.includes("\\u") && /(?<!\\)(?:\\\\)*\\u(?:0000|d[89a-f])/i.test(text)) {
+      return Effect.fail(refuse("InvalidPayload")(`${what} holds a NUL character or a lone surrogate`))
+    }
+    if (text.length > limit || (text.length * 3 > limit && new TextEncoder().encode(text).length > limit)) {
+      return Effect.fail(refuse("TooLarge")(`${what} is over ${limit} bytes`))
+    }
+    // A value nested n deep is at least 2n characters long.
+    if (text.length > 2 * maxDepth && depth(value, 0) > maxDepth) {
+      return Effect.fail(refuse("InvalidPayload")(`${what} is nested deeper than ${maxDepth}`))
+    }
+    return Effect.succeed(text)
+  })
+
+const depth = (value: unknown, level: number): number => {
+  if (value === null || typeof value !== "object" || level > maxDepth) return level
+  let deepest = level + 1
+  for (const child of Array.isArray(value) ? value : Object.values(value)) {
+    deepest = Math.max(deepest, depth(child, level + 1))
+  }
+  return deepest
+}
+
+const millisOf = (input: Duration.Input | undefined): number | undefined => {
+  if (input === undefined) return undefined
+  return Option.match(Duration.fromInput(input), { onNone: () => NaN, onSome: Duration.toMillis })
+}
+
+const epochMillis = (date: DateTime.DateTime | Date): number =>
+  DateTime.isDateTime(date) ? DateTime.toEpochMillis(date) : date.getTime()
+
+const checkMetadata = (metadata: Metadata): unknown =>
+  Predicate.isObject(metadata) && Object.values(metadata).every(Predicate.isString) ? metadata : undefined
+
+const resolveUnique = (rule: string | Unique): Store.UniqueRule | string => {
+  const { key, onConflict = "keep", period, until = "finished" } = Predicate.isString(rule) ? { key: rule } : rule
+  if (!Predicate.isString(key) || key.length === 0 || key.length > 1024 || !key.isWellFormed() || key.includes("\0")) {
+    return "unique.key must be 1 to 1024 characters without NUL or lone surrogates"
+  }
+  const held = millisOf(period)
+  if (held !== undefined && !(held >= 1 && held <= latest)) {
+    return "unique.period must be at least a millisecond and finite"
+  }
+  return { key, period: held, until, onConflict }
+}
+
+/** The enqueuer's span as a W3C traceparent, so that the run is its child. */
+const traceParent = (context: Context.Context<never>): string | undefined => {
+  const span = Context.getOption(context, Tracer.ParentSpan)
+  return Option.isSome(span) && /^[0-9a-f]{32}$/.test(span.value.traceId) && /^[0-9a-f]{16}$/.test(span.value.spanId)
+    ? `00-${span.value.traceId}-${span.value.spanId}-${span.value.sampled ? "01" : "00"}`
+    : undefined
+}

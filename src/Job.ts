@@ -1,0 +1,445 @@
+/**
+ * What a job is: one value that names a kind of work, its payload, errors and result. Producers enqueue it, workers
+ * handle it.
+ *
+ * @since 0.1.0
+ */
+import * as Context from "effect/Context"
+import type * as DateTime from "effect/DateTime"
+import * as Duration from "effect/Duration"
+import * as Effect from "effect/Effect"
+import * as Fiber from "effect/Fiber"
+import * as Layer from "effect/Layer"
+import type * as Option from "effect/Option"
+import * as Schema from "effect/Schema"
+import type * as Scope from "effect/Scope"
+import type { SqlError } from "effect/sql/SqlError"
+import * as Enqueue from "./Enqueue.ts"
+import { type Enqueued, JobQueue } from "./JobQueue.ts"
+import type { Intent } from "./Outcome.ts"
+import type { Failure, Retry } from "./RetryPolicy.ts"
+
+export { EnqueueError, type EnqueueOptions, type JobId, type Metadata, type Priority, type Unique } from "./Enqueue.ts"
+export type { Enqueued } from "./JobQueue.ts"
+export { defaultSchedule, type Failure, type Retry } from "./RetryPolicy.ts"
+
+const TypeId = "~effect-pgqueue/Job"
+
+// -----------------------------------------------------------------------------
+// The running job
+// -----------------------------------------------------------------------------
+
+/**
+ * What a handler can know about the job it runs.
+ *
+ * @category models
+ * @since 0.1.0
+ */
+export interface Info {
+  readonly id: Enqueue.JobId
+  readonly kind: string
+  readonly queue: string
+  readonly priority: number
+  /** 1 on the first attempt. */
+  readonly attempt: number
+  readonly maxAttempts: number
+  readonly enqueuedAt: DateTime.Utc
+  /** When it was first due; the tick, for a job of a cron schedule. */
+  readonly scheduledFor: DateTime.Utc
+  readonly metadata: Enqueue.Metadata
+  /** Why the previous attempt did not succeed. */
+  readonly lastFailure: Option.Option<Failure<unknown>>
+}
+
+/**
+ * The job that this fiber runs.
+ *
+ * @category services
+ * @since 0.1.0
+ */
+export class Current extends Context.Service<Current, Info>()("effect-pgqueue/Job/Current") {}
+
+/** What handlers have asked for, by the run's `Info`. */
+const intents = new WeakMap<Info, Intent>()
+
+/** Reads what the handler of this run asked for. @internal */
+export const intentOf = (info: Info): Intent | undefined => intents.get(info)
+
+const stop = (intent: Intent): Effect.Effect<never, never, Current> =>
+  Effect.flatMap(Current, (info) =>
+    Effect.interruptible(Effect.callback<never>(() => {
+      intents.set(info, intent)
+      const fiber = Fiber.getCurrent()!
+      fiber.interruptUnsafe(fiber.id)
+    })))
+
+/**
+ * Ends the job as `cancelled`, with a reason, and stops the run.
+ *
+ * **Details**
+ *
+ * Records the outcome and interrupts the calling fiber, so no `catch` or `retry` gets in the way and an enclosing
+ * transaction rolls back.
+ *
+ * **Gotchas**
+ *
+ * The outcome counts when the run ends by interruption alone: a handler that recovers and succeeds has completed.
+ *
+ * @category running
+ * @since 0.1.0
+ */
+export const cancel = (reason: string): Effect.Effect<never, never, Current> => stop({ _tag: "Cancel", reason })
+
+/**
+ * Ends the job as `discarded`, with a reason, and stops the run. See {@link cancel}.
+ *
+ * @category running
+ * @since 0.1.0
+ */
+export const discard = (reason: string): Effect.Effect<never, never, Current> => stop({ _tag: "Discard", reason })
+
+/**
+ * Puts the job back in line after a delay without spending an attempt, and stops the run. See {@link cancel}.
+ *
+ * @category running
+ * @since 0.1.0
+ */
+export const snooze = (delay: Duration.Input): Effect.Effect<never, never, Current> =>
+  stop({ _tag: "Snooze", delay: Math.min(Math.max(0, Duration.toMillis(delay)), Number.MAX_SAFE_INTEGER) })
+
+// -----------------------------------------------------------------------------
+// Definitions
+// -----------------------------------------------------------------------------
+
+/**
+ * The handler of one kind, as a service that a worker requires.
+ *
+ * @category models
+ * @since 0.1.0
+ */
+export interface Handler<Kind extends string> {
+  readonly _: unique symbol
+  readonly kind: Kind
+}
+
+/**
+ * The handler of every kind with a prefix, as a service that a worker requires.
+ *
+ * @category models
+ * @since 0.1.0
+ */
+export interface FamilyHandler<Prefix extends string> {
+  readonly _: unique symbol
+  readonly prefix: Prefix
+}
+
+type Fields = Schema.Struct.Fields
+type In<P extends Schema.Top> = P["~type.make.in"]
+type MayOmit<I> = void extends I ? true : {} extends I ? true : false
+type Arguments<P extends Schema.Top> = MayOmit<In<P>> extends true ? [payload?: In<P>, options?: Enqueue.EnqueueOptions]
+  : [payload: In<P>, options?: Enqueue.EnqueueOptions]
+type Run<P extends Schema.Top, A extends Schema.Top, E extends Schema.Top, R, X extends ReadonlyArray<unknown> = []> = (
+  payload: P["Type"],
+  ...extra: X
+) => Effect.Effect<A["Type"], E["Type"], R>
+type Server<P extends Schema.Top, A extends Schema.Top, E extends Schema.Top> =
+  | P["DecodingServices"]
+  | A["EncodingServices"]
+  | E["EncodingServices"]
+  | E["DecodingServices"]
+type HandlerLayer<H, R, P extends Schema.Top, A extends Schema.Top, E extends Schema.Top> = Layer.Layer<
+  H,
+  never,
+  Exclude<R, Current | Scope.Scope> | Server<P, A, E>
+>
+type AsSchema<P> = P extends Schema.Top ? P : P extends Fields ? Schema.Struct<P> : never
+
+/**
+ * The options of a definition.
+ *
+ * @category models
+ * @since 0.1.0
+ */
+export interface Options<P, A extends Schema.Top, E extends Schema.Top, Q extends string> {
+  /** A schema, or the fields of a struct. Default `Schema.Void`. */
+  readonly payload?: P | undefined
+  /** The schema of the result, which is kept with the finished job. Default `Schema.Void`. */
+  readonly success?: A | undefined
+  /** The schema of the typed errors. Default `Schema.Never`. */
+  readonly error?: E | undefined
+  /** The line its jobs stand in. Default `"default"`. */
+  readonly queue?: Q | undefined
+  /** Default `"normal"`. */
+  readonly priority?: Enqueue.Priority | undefined
+  /** How many attempts may fail before the job is discarded: 1 to 1 000. Default 5. */
+  readonly maxAttempts?: number | undefined
+  /** How long one attempt may run. Default: no limit. */
+  readonly timeout?: Duration.Input | undefined
+  /** When a failed attempt is followed by another. Default {@link defaultSchedule}. */
+  readonly retry?: Retry<E["Type"]> | undefined
+  /** A uniqueness rule for every enqueue. Default: none. */
+  readonly unique?: ((payload: AsSchema<P>["Type"]) => string | Enqueue.Unique | undefined) | undefined
+  /** Former names of this kind; their jobs are handled as this one's. */
+  readonly aliases?: ReadonlyArray<string> | undefined
+}
+
+/** What a worker reads of a definition. @internal */
+export interface Definition {
+  /** The kind, or the prefix of a family. */
+  readonly name: string
+  readonly family: boolean
+  readonly aliases: ReadonlyArray<string>
+  readonly retry: Retry<unknown> | undefined
+  readonly payloadSchema: Schema.Top
+  readonly successSchema: Schema.Top
+  readonly errorSchema: Schema.Top
+  readonly key: Context.Key<unknown, Registered>
+}
+
+/** What the layer of a handler provides: the function, and the context that its layer was built in. @internal */
+export interface Registered {
+  readonly run: (payload: unknown, kind: string) => Effect.Effect<unknown, unknown, unknown>
+  readonly context: Context.Context<never>
+}
+
+/**
+ * Any definition that a worker can list.
+ *
+ * @category models
+ * @since 0.1.0
+ */
+export interface Any {
+  readonly [TypeId]: { readonly handler: unknown; readonly definition: Definition }
+  readonly _tag: string
+  readonly payloadSchema: Schema.Top
+  readonly queue: string
+}
+
+/**
+ * A job definition.
+ *
+ * @category models
+ * @since 0.1.0
+ */
+export interface Job<
+  Kind extends string,
+  P extends Schema.Top,
+  A extends Schema.Top,
+  E extends Schema.Top,
+  Q extends string
+> {
+  new(_: never): {}
+  readonly [TypeId]: { readonly handler: Handler<Kind>; readonly definition: Definition }
+  readonly _tag: Kind
+  readonly queue: Q
+  readonly payloadSchema: P
+  readonly successSchema: A
+  readonly errorSchema: E
+
+  /**
+   * Enqueues one job; inside `sql.withTransaction` of the queue's client, as part of that transaction.
+   *
+   * **Details**
+   *
+   * The payload is built with the schema's defaults, encoded and checked before any SQL. Concurrent enqueues outside a
+   * transaction travel together. An outage is waited out for up to ten seconds: the id is made first, so sending it
+   * again cannot insert it twice.
+   *
+   * Fails with {@link EnqueueError} for bad input and with `SqlError` for the database.
+   */
+  readonly enqueue: (
+    ...args: Arguments<P>
+  ) => Effect.Effect<Enqueued, Enqueue.EnqueueError | SqlError, JobQueue | P["EncodingServices"]>
+
+  /**
+   * Enqueues many jobs, all or none, in statements of at most 1 000 and one transaction.
+   *
+   * **Details**
+   *
+   * `options` are the same for all, or a function of the payload and its index.
+   */
+  readonly enqueueAll: (
+    payloads: Iterable<In<P>>,
+    options?:
+      | Omit<Enqueue.EnqueueOptions, "id" | "unique">
+      | ((payload: P["Type"], index: number) => Enqueue.EnqueueOptions)
+  ) => Effect.Effect<
+    ReadonlyArray<Enqueued>,
+    Enqueue.EnqueueError | SqlError,
+    JobQueue | P["EncodingServices"]
+  >
+
+  /**
+   * Builds the layer that handles this kind.
+   *
+   * **Details**
+   *
+   * The handler runs in the context its layer was built in, with {@link Current} and a `Scope` that is closed when the
+   * run ends. To need something while building, wrap it in `Layer.unwrap`.
+   */
+  readonly toLayer: <R>(handler: Run<P, A, E, R>) => HandlerLayer<Handler<Kind>, R, P, A, E>
+}
+
+/**
+ * A definition of all kinds with one prefix.
+ *
+ * @category models
+ * @since 0.1.0
+ */
+export interface Family<
+  Prefix extends string,
+  P extends Schema.Top,
+  A extends Schema.Top,
+  E extends Schema.Top,
+  Q extends string
+> {
+  new(_: never): {}
+  readonly [TypeId]: { readonly handler: FamilyHandler<Prefix>; readonly definition: Definition }
+  readonly _tag: `${Prefix}${string}`
+  readonly prefix: Prefix
+  readonly queue: Q
+  readonly payloadSchema: P
+
+  /** Returns the definition of one kind of this family, to enqueue it or to handle it by itself. */
+  of<const Kind extends `${Prefix}${string}`>(kind: Kind): Job<Kind, P, A, E, Q>
+
+  /** Builds the layer that handles every kind with this prefix, except those with a handler or a longer prefix. */
+  readonly toLayer: <R>(
+    handler: Run<P, A, E, R, [kind: `${Prefix}${string}`]>
+  ) => HandlerLayer<FamilyHandler<Prefix>, R, P, A, E>
+}
+
+/**
+ * Defines a job.
+ *
+ * **Example** (A job with a typed error)
+ *
+ * ```ts
+ * import { Job } from "effect-pgqueue"
+ * import { Schema } from "effect"
+ *
+ * class Bounced extends Schema.TaggedError<Bounced>()("Bounced", { address: Schema.String }) {}
+ *
+ * class SendEmail extends Job.make("email.send", {
+ *   payload: { to: Schema.String, subject: Schema.String },
+ *   error: Bounced,
+ *   queue: "mail",
+ *   timeout: "30 seconds"
+ * }) {}
+ * ```
+ *
+ * @category constructors
+ * @since 0.1.0
+ */
+export const make = <
+  const Kind extends string,
+  P extends Fields | Schema.Top = typeof Schema.Void,
+  A extends Schema.Top = typeof Schema.Void,
+  E extends Schema.Top = typeof Schema.Never,
+  const Q extends string = "default"
+>(kind: Kind, options?: Options<P, A, E, Q>): Job<Kind, AsSchema<P>, A, E, Q> =>
+  // Sound: `define` builds exactly the members of `Job`; the type parameters are phantom at run time.
+  define(kind, false, options ?? {}) as unknown as Job<Kind, AsSchema<P>, A, E, Q>
+
+/**
+ * Defines all kinds with a prefix at once: a router.
+ *
+ * **Details**
+ *
+ * An exact kind wins over a family, the longest prefix among families.
+ *
+ * @category constructors
+ * @since 0.1.0
+ */
+export const family = <
+  const Prefix extends string,
+  P extends Fields | Schema.Top = typeof Schema.Void,
+  A extends Schema.Top = typeof Schema.Void,
+  E extends Schema.Top = typeof Schema.Never,
+  const Q extends string = "default"
+>(prefix: Prefix, options?: Options<P, A, E, Q>): Family<Prefix, AsSchema<P>, A, E, Q> => {
+  const self = define(prefix, true, options ?? {})
+  // Sound: as in `make`; a kind of a family is the same definition under its own name.
+  return Object.assign(self, {
+    prefix,
+    of: (kind: string) => define(kind, false, options ?? {})
+  }) as unknown as Family<Prefix, AsSchema<P>, A, E, Q>
+}
+
+const define = (
+  name: string,
+  isFamily: boolean,
+  options: Options<Fields | Schema.Top, Schema.Top, Schema.Top, string>
+) => {
+  const payloadSchema: Schema.Top = options.payload === undefined
+    ? Schema.Void
+    : Schema.isSchema(options.payload)
+    // Sound: the bound of P leaves only schemas and fields.
+    ? options.payload as Schema.Top
+    : Schema.Struct(options.payload as Fields)
+  const defaults: Enqueue.Defaults = {
+    queue: options.queue ?? "default",
+    priority: options.priority ?? "normal",
+    maxAttempts: options.maxAttempts ?? 5,
+    timeout: options.timeout,
+    // Sound: it is called with a payload of this definition only.
+    unique: options.unique as Enqueue.Defaults["unique"]
+  }
+  const definition: Definition = {
+    name,
+    family: isFamily,
+    aliases: options.aliases ?? [],
+    retry: options.retry as Retry<unknown> | undefined,
+    payloadSchema,
+    successSchema: options.success ?? Schema.Void,
+    errorSchema: options.error ?? Schema.Never,
+    key: Context.Service<unknown, Registered>(`effect-pgqueue/Job/Handler/${isFamily ? "*" : "="}${name}`)
+  }
+  const encode = Schema.encodeEffect(Schema.toCodecJson(payloadSchema))
+  const resolve = (
+    payload: unknown,
+    own: Enqueue.EnqueueOptions | ((payload: unknown) => Enqueue.EnqueueOptions)
+  ) =>
+    // Void payloads may be left out, and fields that are all optional.
+    Enqueue.resolve(
+      name,
+      payloadSchema,
+      encode,
+      defaults,
+      payload === undefined && !isVoid(payloadSchema) ? {} : payload,
+      own
+    )
+
+  return Object.assign(class {}, {
+    [TypeId]: { definition },
+    _tag: name,
+    queue: defaults.queue,
+    payloadSchema,
+    successSchema: definition.successSchema,
+    errorSchema: definition.errorSchema,
+    enqueue: (payload: unknown, own?: Enqueue.EnqueueOptions) =>
+      Effect.flatMap(JobQueue, (queue) => queue.enqueue(resolve(payload, own ?? {}))),
+    enqueueAll: (
+      payloads: Iterable<unknown>,
+      own?: Enqueue.EnqueueOptions | ((payload: unknown, index: number) => Enqueue.EnqueueOptions)
+    ) =>
+      Effect.flatMap(
+        JobQueue,
+        (queue) =>
+          queue.enqueueAll(Effect.forEach(payloads, (payload, index) =>
+            resolve(
+              payload,
+              typeof own === "function"
+                ? (made) => own(made, index)
+                : own ?? {}
+            )))
+      ),
+    toLayer: (run: Registered["run"]) =>
+      Layer.effect(
+        definition.key,
+        Effect.map(Effect.context<never>(), (context): Registered => ({ run, context }))
+      )
+  })
+}
+
+const isVoid = (schema: Schema.Top): boolean => schema.ast._tag === "Void" || schema.ast._tag === "Undefined"

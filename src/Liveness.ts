@@ -1,0 +1,176 @@
+/**
+ * Whether this process may run jobs: its identity, its heartbeat, and the comparison of its leases with the table.
+ *
+ * @since 0.1.0
+ */
+import type * as PgConnection from "@effect/sql-pg/PgConnection"
+import * as Cause from "effect/Cause"
+import * as Clock from "effect/Clock"
+import { SecureRandom } from "effect/crypto"
+import * as Effect from "effect/Effect"
+import * as Latch from "effect/Latch"
+import type * as Scope from "effect/Scope"
+import type { SqlError } from "effect/sql/SqlError"
+import * as Database from "./Database.ts"
+import { monotonic } from "./Run.ts"
+import * as Store from "./Store.ts"
+import * as Wakeup from "./Wakeup.ts"
+
+/**
+ * The life of one worker as the database sees it.
+ */
+export interface Liveness {
+  /** The identity under which to claim. It changes when this process was declared dead. */
+  readonly id: () => string
+  /** Whether a job may be started now. */
+  readonly alive: () => boolean
+  /** Whether this process has been alive, without a gap, for a whole lease time: only then may it judge others. */
+  readonly settled: () => boolean
+  /** Says that a connection was lost: nothing starts until the leases have been compared. */
+  readonly doubt: () => void
+  /** Beats until it is interrupted. */
+  readonly run: Effect.Effect<void>
+}
+
+/** Leases that are in the table, ours, unknown and older than this were claimed by a statement whose answer was lost. */
+const forgotten = 5000
+
+/**
+ * Makes the liveness of a worker.
+ */
+export const make = Effect.fnUntraced(function*(options: {
+  readonly database: Database.Database
+  readonly store: Store.Store
+  readonly worker: Omit<Parameters<Store.Store["register"]>[0], "id" | "lease">
+  /** Milliseconds. */
+  readonly lease: number
+  readonly beat: number
+  /** The leases this process knows of, with whether the answer to their claim has arrived. */
+  readonly leases: () => ReadonlyMap<string, { readonly confirmed: boolean }>
+  /** These leases are no longer ours; all of them when `undefined`. */
+  readonly onLost: (leases: ReadonlyArray<string> | undefined) => void
+  /** These jobs are marked as cancelled. */
+  readonly onCancelled: (jobs: ReadonlyArray<string>) => void
+  /** The worker may start jobs again. */
+  readonly onAlive: () => void
+}) {
+  const clock = yield* Clock.Clock
+  const now = () => monotonic(clock)
+  // Handlers must have stopped before the lease can end elsewhere.
+  const margin = options.lease / 6
+  const kick = Latch.makeUnsafe(false)
+  let id = SecureRandom.uuidV4Unsafe()
+  let registered = false
+  /** When the last beat that succeeded was sent, and since when every one has. */
+  let lastBeat = -Infinity
+  let aliveSince = Infinity
+  /** When a connection was last lost. */
+  let doubted = -Infinity
+  let lost = true
+
+  const inTime = () => now() - lastBeat < options.lease - margin
+  const alive = () => registered && inTime() && lastBeat > doubted
+
+  const lose = (leases: ReadonlyArray<string> | undefined) => {
+    if (leases === undefined) {
+      aliveSince = Infinity
+      lost = true
+    }
+    options.onLost(leases)
+  }
+
+  const register = Effect.gen(function*() {
+    if (registered) return
+    yield* Wakeup.bounded(options.store.register({ ...options.worker, id, lease: options.lease }), options.lease / 3)
+    registered = true
+  })
+
+  const beat = Effect.fnUntraced(function*(
+    send: (text: string, params: ReadonlyArray<unknown>) => Effect.Effect<ReadonlyArray<unknown>, SqlError>
+  ) {
+    yield* register
+    const sent = now()
+    // Judged are only leases whose claim was answered before the comparison was sent.
+    const confirmed = [...options.leases()].filter(([, lease]) => lease.confirmed).map(([lease]) => lease)
+    const rows = yield* Wakeup.bounded(send(options.store.beatText, [id]), options.lease / 3)
+    // Sound: the columns of `beatText`.
+    const answer = Store.readBeat(rows as Parameters<typeof Store.readBeat>[0])
+    if (!answer.alive) {
+      yield* Effect.logWarning(
+        `effect-pgqueue: worker ${id} was declared dead; its jobs are interrupted, it starts again`
+      )
+      lose(undefined)
+      id = SecureRandom.uuidV4Unsafe()
+      registered = false
+      return yield* beat(send)
+    }
+    const here = new Set(answer.leases.map((lease) => lease.id))
+    const missing = confirmed.filter((lease) => !here.has(lease))
+    if (missing.length > 0) lose(missing)
+    const known = options.leases()
+    const unknown = answer.leases.filter((lease) => !known.has(lease.id) && lease.age > forgotten)
+    if (unknown.length > 0) {
+      yield* Wakeup.bounded(options.store.release(id, unknown.map((lease) => lease.id)), options.lease / 3)
+    }
+    if (answer.cancelled.length > 0) options.onCancelled(answer.cancelled)
+    lastBeat = sent
+    if (lost) aliveSince = sent
+    lost = false
+    if (alive()) options.onAlive()
+  }) as (
+    send: (text: string, params: ReadonlyArray<unknown>) => Effect.Effect<ReadonlyArray<unknown>, SqlError>
+  ) => Effect.Effect<void, SqlError | Wakeup.TimedOut>
+
+  const pause = Effect.suspend(() => {
+    kick.closeUnsafe()
+    return Effect.timeoutOption(kick.await, options.beat)
+  })
+
+  const beats = (session: PgConnection.PgConnection | undefined) =>
+    beat(
+      session === undefined
+        ? options.database.query
+        : (text, params) => Effect.map(session.query(text, params), ({ rows }) => rows)
+    ).pipe(
+      Effect.andThen(pause),
+      Effect.forever
+    )
+  const life: Effect.Effect<never, SqlError | Wakeup.TimedOut, Scope.Scope> = options.database.connect === undefined
+    ? beats(undefined)
+    // A connection of its own: handlers and claims must not be able to hold up the beat.
+    : Effect.flatMap(options.database.connect(), beats)
+
+  // Decided by this process's own monotonic clock, never by waiting for an answer.
+  const watch = Effect.gen(function*() {
+    yield* Effect.sleep(Math.max(50, margin / 4))
+    if (!lost && !inTime()) {
+      yield* Effect.logWarning(
+        `effect-pgqueue: no heartbeat of worker ${id} got through in time; its jobs are interrupted`
+      )
+      lose(undefined)
+    }
+  }).pipe(Effect.forever)
+
+  const liveness: Liveness = {
+    id: () => id,
+    alive,
+    settled: () => !lost && inTime() && now() - aliveSince >= options.lease,
+    doubt: () => {
+      doubted = now()
+      kick.openUnsafe()
+    },
+    run: Effect.raceFirst(
+      watch,
+      Effect.scoped(life).pipe(
+        Effect.sandbox,
+        Effect.tapError((cause) => {
+          doubted = now()
+          return Effect.logDebug("effect-pgqueue: the heartbeat lost its connection", Cause.pretty(cause))
+        }),
+        Effect.retry(Database.backoff),
+        Effect.orDie
+      )
+    )
+  }
+  return liveness
+})

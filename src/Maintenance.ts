@@ -1,0 +1,51 @@
+/**
+ * What every worker does for all of them: takes back the jobs of workers that died.
+ *
+ * @since 0.1.0
+ */
+import * as Cause from "effect/Cause"
+import * as Effect from "effect/Effect"
+import * as Random from "effect/Random"
+import type * as Store from "./Store.ts"
+import * as Wakeup from "./Wakeup.ts"
+
+/** Leases taken back in one statement: a few thousand jobs at most, so that no statement holds its locks for long. */
+const batch = 10
+
+/**
+ * Takes back, once, what dead workers left: first their registration, then, in a later statement, their jobs.
+ */
+export const rescueOnce = Effect.fnUntraced(function*(store: Store.Store, wakeup: Wakeup.Wakeup) {
+  const dead = yield* Wakeup.bounded(store.reapWorkers(), 10_000)
+  let jobs = 0
+  while (true) {
+    const taken = yield* Wakeup.bounded(store.rescue(batch), 30_000)
+    for (const queue of taken.queues) wakeup.mark(queue, 0)
+    jobs += taken.back + taken.ended
+    // Leases whose every row is locked by somebody stay for the next sweep.
+    if (taken.leases < batch || taken.back + taken.ended === 0) break
+  }
+  if (dead.length > 0 || jobs > 0) {
+    yield* Effect.logInfo(`effect-pgqueue: rescued ${jobs} jobs, ${dead.length} workers declared dead`)
+  }
+  return jobs
+})
+
+/**
+ * Sweeps until it is interrupted, with jitter, so that the processes of a fleet do not sweep in step.
+ */
+export const sweep = (options: {
+  readonly store: Store.Store
+  readonly wakeup: Wakeup.Wakeup
+  /** Milliseconds. */
+  readonly interval: number
+  /** Whether this process may judge others. */
+  readonly allowed: () => boolean
+}): Effect.Effect<never> =>
+  Effect.gen(function*() {
+    yield* Effect.sleep(options.interval * (yield* Random.nextBetween(0.8, 1.2)))
+    if (options.allowed()) yield* rescueOnce(options.store, options.wakeup)
+  }).pipe(
+    Effect.catchCause((cause) => Effect.logDebug("effect-pgqueue: a rescue did not go through", Cause.pretty(cause))),
+    Effect.forever
+  )

@@ -1,0 +1,100 @@
+/**
+ * What the end of a run means: an `Exit` and what is known about it become an outcome. Pure.
+ *
+ * @since 0.1.0
+ */
+import * as Cause from "effect/Cause"
+import * as Exit from "effect/Exit"
+import type { Failure } from "./RetryPolicy.ts"
+
+/**
+ * How a run ended.
+ *
+ * - `Complete`: with a result.
+ * - `Retry`: failed; tried again when the policy and the attempts allow, else discarded.
+ * - `Snooze`: back in line after a delay, no attempt spent.
+ * - `Cancel`, `Discard`: ended on purpose, with a reason.
+ * - `Release`: back in line as if it had not been claimed.
+ */
+export type Outcome<A, E> =
+  | { readonly _tag: "Complete"; readonly value: A }
+  | { readonly _tag: "Retry"; readonly failure: Failure<E>; readonly message: string }
+  | Intent
+  | { readonly _tag: "Release" }
+
+/** What a handler asked for with `Job.cancel`, `Job.discard` or `Job.snooze`. */
+export type Intent =
+  | { readonly _tag: "Cancel"; readonly reason: string }
+  | { readonly _tag: "Discard"; readonly reason: string }
+  | { readonly _tag: "Snooze"; readonly delay: number }
+
+/** Why the worker interrupted a run. */
+export type Interruption = "shutdown" | "lost" | "cancelled" | "timeout"
+
+/**
+ * Decides the outcome of a run.
+ *
+ * **Details**
+ *
+ * A recorded intent, and an interruption by the worker, count only when the run ended by interruption alone: a handler
+ * that fails or succeeds all the same has the last word. An interruption that nobody claims is the handler's own (it
+ * joined an interrupted child) and is a failed attempt, or it would loop for ever.
+ */
+export const fromExit = <A, E>(
+  exit: Exit.Exit<A, E>,
+  known: { readonly intent: Intent | undefined; readonly interruption: Interruption | undefined }
+): Outcome<A, E> => {
+  if (Exit.isSuccess(exit)) return { _tag: "Complete", value: exit.value }
+  const cause = exit.cause
+  if (Cause.hasInterruptsOnly(cause)) {
+    if (known.intent !== undefined) return known.intent
+    switch (known.interruption) {
+      case "shutdown":
+      case "lost":
+        return { _tag: "Release" }
+      case "cancelled":
+        return { _tag: "Cancel", reason: "" }
+      case "timeout":
+        return {
+          _tag: "Retry",
+          failure: { _tag: "TimedOut" },
+          message: "the attempt ran longer than the job's timeout"
+        }
+      case undefined:
+        return { _tag: "Retry", failure: { _tag: "Interrupted" }, message: "the handler was interrupted" }
+    }
+  }
+  const message = describe(cause)
+  const failed = cause.reasons.find(Cause.isFailReason)
+  return {
+    _tag: "Retry",
+    failure: failed === undefined ? { _tag: "Defect", message } : { _tag: "Failed", error: failed.error },
+    message
+  }
+}
+
+/** The most text that is kept of an error. */
+const maxText = 8192
+
+/**
+ * Makes text fit to be stored: no NUL, well-formed, at most 8 KiB.
+ */
+export const sanitize = (text: string): string => {
+  const clean = text.slice(0, maxText).replaceAll("\0", "�").toWellFormed()
+  const bytes = new TextEncoder().encode(clean)
+  // Cut at a character, not inside one: the decoder replaces what is left of a cut character, at most 3 bytes of it.
+  return bytes.length <= maxText
+    ? clean
+    : new TextDecoder().decode(bytes.subarray(0, maxText - 3)).replace(/\uFFFD+$/, "")
+}
+
+/**
+ * Describes a cause as text that a user can read. Never throws, whatever was thrown.
+ */
+export const describe = (cause: Cause.Cause<unknown>): string => {
+  try {
+    return sanitize(Cause.pretty(cause))
+  } catch {
+    return "the error could not be described"
+  }
+}

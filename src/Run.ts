@@ -1,0 +1,340 @@
+/**
+ * The run of one job, from its payload to its settlement: decode, span, middleware, timeout, handler, exit, outcome.
+ *
+ * @since 0.1.0
+ */
+import * as Clock from "effect/Clock"
+import * as Context from "effect/Context"
+import * as DateTime from "effect/DateTime"
+import * as Effect from "effect/Effect"
+import * as Exit from "effect/Exit"
+import type * as Fiber from "effect/Fiber"
+import * as Option from "effect/Option"
+import * as References from "effect/References"
+import * as Schema from "effect/Schema"
+import type * as Scope from "effect/Scope"
+import * as Tracer from "effect/Tracer"
+import { jsonText } from "./Enqueue.ts"
+import * as Job from "./Job.ts"
+import { maxPayloadBytes } from "./Migrations.ts"
+import * as Outcome from "./Outcome.ts"
+import * as RetryPolicy from "./RetryPolicy.ts"
+import type * as Settlement from "./Settlement.ts"
+import type * as Store from "./Store.ts"
+
+/**
+ * The end of a run, opaque to middleware.
+ *
+ * @category models
+ * @since 0.1.0
+ */
+export interface Ended {
+  readonly _: unique symbol
+}
+
+/**
+ * The failure of a run, opaque to middleware.
+ *
+ * @category models
+ * @since 0.1.0
+ */
+export interface Unhandled {
+  readonly _: unique symbol
+}
+
+/**
+ * Wraps every run of a worker. It may add requirements, it cannot swallow or change the result.
+ *
+ * @category models
+ * @since 0.1.0
+ */
+export interface Middleware<out R = never> {
+  (run: Effect.Effect<Ended, Unhandled>, job: Job.Info): Effect.Effect<Ended, Unhandled, R>
+}
+
+/** A claimed job and what the worker knows of its run. */
+export interface Running {
+  readonly row: Store.ClaimedRow
+  readonly lease: string
+  readonly queue: string
+  /** When it was claimed, by this process's monotonic clock, in milliseconds. */
+  readonly claimedAt: number
+  fiber: Fiber.Fiber<unknown, unknown> | undefined
+  /** Why the worker interrupted it, if it did. */
+  interruption: Outcome.Interruption | undefined
+  /** Set when the run has ended. */
+  entry: Settlement.Entry | undefined
+}
+
+/** A handler ready to run: its codecs are made once. */
+export interface Handling {
+  readonly definition: Job.Definition
+  readonly registered: Job.Registered
+  readonly decode: (payload: unknown) => Effect.Effect<unknown, Schema.SchemaError, unknown>
+  readonly encodeSuccess: (value: unknown) => Effect.Effect<unknown, Schema.SchemaError, unknown>
+  readonly encodeError: (error: unknown) => Effect.Effect<unknown, Schema.SchemaError, unknown>
+  readonly decodeError: (error: unknown) => Effect.Effect<unknown, Schema.SchemaError, unknown>
+}
+
+/** Prepares a definition and its registered handler. */
+export const handling = (definition: Job.Definition, registered: Job.Registered): Handling => ({
+  definition,
+  registered,
+  decode: Schema.decodeUnknownEffect(Schema.toCodecJson(definition.payloadSchema)),
+  encodeSuccess: Schema.encodeUnknownEffect(Schema.toCodecJson(definition.successSchema)),
+  encodeError: Schema.encodeUnknownEffect(Schema.toCodecJson(definition.errorSchema)),
+  decodeError: Schema.decodeUnknownEffect(Schema.toCodecJson(definition.errorSchema))
+})
+
+/** The most that is kept of an encoded typed error, in bytes. */
+const maxErrorBytes = 65_536
+
+/** A timed-out handler that has not stopped after this long is reported. */
+const stubborn = "5 seconds"
+
+/** The payload does not fit: carried in the failure channel of a run, apart from every typed error. */
+class Undecodable {
+  readonly message: string
+  constructor(message: string) {
+    this.message = message
+  }
+}
+
+/** The monotonic clock of this process, in milliseconds. */
+export const monotonic = (clock: Clock.Clock): number => Number(clock.monotonicTimeNanosUnsafe()) / 1_000_000
+
+/**
+ * Runs a claimed job and leaves its settlement in `running.entry`. Never fails; only the run itself can be interrupted.
+ */
+export const make = (options: {
+  readonly context: Context.Context<never>
+  readonly middleware: ReadonlyArray<Middleware<unknown>>
+}) =>
+(running: Running, handling: Handling): Effect.Effect<void> =>
+  Effect.suspend(() => {
+    const clock = Context.get(options.context, Clock.Clock)
+    const startedAt = monotonic(clock)
+    const context = Context.merge(options.context, handling.registered.context)
+    return Effect.provideContext(
+      Effect.uninterruptibleMask((restore) =>
+        Effect.gen(function*() {
+          const history = yield* historyOf(running.row, handling)
+          const info = infoOf(running, history)
+          const exit = yield* Effect.exit(restore(body(running, handling, info, options.middleware)))
+          const outcome = conclude(exit, Job.intentOf(info), running)
+          running.entry = yield* settlement(outcome, running, handling, history, monotonic(clock) - startedAt)
+        })
+      ),
+      // Sound: the worker's layer required everything that middleware and codecs need, and the handler's layer what the
+      // handler needs; `context` holds both.
+      context as Context.Context<unknown>
+    )
+  })
+
+/** The part that can be interrupted: everything of the user's. */
+const body = (
+  running: Running,
+  handling: Handling,
+  info: Job.Info,
+  middleware: ReadonlyArray<Middleware<unknown>>
+): Effect.Effect<unknown, unknown, unknown> => {
+  const payload = Effect.suspend(() => handling.decode(JSON.parse(running.row.payload))).pipe(
+    // JSON.parse throws only for a row that was not written as JSON, which the column's type rules out.
+    Effect.mapError((error) => new Undecodable(error.message))
+  )
+  // Sound: the result and the failure pass through middleware as opaque values and come out the same.
+  let run = Effect.flatMap(payload, (value) => handling.registered.run(value, info.kind)) as Effect.Effect<
+    Ended,
+    Unhandled
+  >
+  // Sound: the requirement of each middleware is in the worker's context.
+  for (let i = middleware.length - 1; i >= 0; i--) run = middleware[i]!(run, info) as Effect.Effect<Ended, Unhandled>
+
+  const timed = running.row.timeout_ms === null ? run : withTimeout(run, running, info, running.row.timeout_ms)
+  const spanned = Effect.withSpan(timed, `job ${info.kind}`, {
+    kind: "consumer",
+    ...parentOf(running.row.trace),
+    attributes: {
+      "messaging.system": "effect-pgqueue",
+      "messaging.destination.name": info.queue,
+      "messaging.message.id": info.id,
+      "job.kind": info.kind,
+      "job.attempt": info.attempt
+    },
+    captureStackTrace: false
+  })
+  return Effect.scoped(spanned as Effect.Effect<Ended, Unhandled, Scope.Scope>).pipe(
+    Effect.provideService(Job.Current, info),
+    Effect.updateService(References.CurrentLogAnnotations, (annotations) => ({
+      ...annotations,
+      "job.id": info.id,
+      "job.kind": info.kind,
+      "job.queue": info.queue,
+      "job.attempt": info.attempt
+    }))
+  )
+}
+
+/**
+ * Interrupts the run when its time is over. A handler that does not stop keeps its slot and its lease, so that it never
+ * runs twice at once.
+ */
+const withTimeout = <A, E, R>(self: Effect.Effect<A, E, R>, running: Running, info: Job.Info, millis: number) =>
+  Effect.gen(function*() {
+    const timer = Effect.gen(function*() {
+      yield* Effect.sleep(millis)
+      running.interruption ??= "timeout"
+      running.fiber?.interruptUnsafe()
+      yield* Effect.sleep(stubborn)
+      yield* Effect.logWarning(
+        `effect-pgqueue: job ${info.id} (${info.kind}) was told to stop after its timeout and still runs`
+      )
+    })
+    // Detached: as a child it would be interrupted together with the run it reports on.
+    const fiber = yield* Effect.forkDetach(timer)
+    return yield* Effect.ensuring(self, Effect.sync(() => fiber.interruptUnsafe()))
+  })
+
+const conclude = (
+  exit: Exit.Exit<unknown, unknown>,
+  intent: Outcome.Intent | undefined,
+  running: Running
+): Outcome.Outcome<unknown, unknown> => {
+  const outcome = Outcome.fromExit(exit, { intent, interruption: running.interruption })
+  return outcome._tag === "Retry" && outcome.failure._tag === "Failed" && outcome.failure.error instanceof Undecodable
+    ? {
+      _tag: "Retry",
+      failure: { _tag: "Undecodable", message: outcome.failure.error.message },
+      message: Outcome.sanitize(outcome.failure.error.message)
+    }
+    : outcome
+}
+
+/** Encodes an outcome as what the storage is told. */
+const settlement = (
+  outcome: Outcome.Outcome<unknown, unknown>,
+  running: Running,
+  handling: Handling,
+  history: ReadonlyArray<RetryPolicy.Attempt<unknown>>,
+  ran: number
+): Effect.Effect<Settlement.Entry, never, unknown> => {
+  const entry = (verb: Settlement.Verb, more: Partial<Settlement.Entry>): Settlement.Entry => ({
+    ...entryOf(running, verb),
+    ran,
+    ...more
+  })
+  switch (outcome._tag) {
+    case "Complete":
+      return Effect.flatMap(
+        handling.encodeSuccess(outcome.value),
+        (value) => jsonText(value, maxPayloadBytes, () => (message) => ({ message }), "the result")
+      ).pipe(
+        Effect.map((result) => entry("completed", { result: result === "null" ? undefined : result })),
+        Effect.catch((error) => {
+          const message = Outcome.sanitize(`the result does not fit its schema: ${error.message}`)
+          return settlement(
+            { _tag: "Retry", failure: { _tag: "Defect", message }, message },
+            running,
+            handling,
+            history,
+            ran
+          )
+        })
+      )
+    case "Retry":
+      return Effect.gen(function*() {
+        // The database's clock when it was claimed and our own since then: what the stored attempts are measured with.
+        const at = running.row.claimed_at + ran
+        const delay = yield* RetryPolicy.next(handling.definition.retry, [...history, { at, failure: outcome.failure }])
+        const failure = outcome.failure
+        const error = failure._tag === "Failed" ? yield* encodeError(handling, failure.error) : undefined
+        return entry("failed", {
+          delay: Option.getOrUndefined(delay),
+          failure: { tag: failure._tag, message: outcome.message, error }
+        })
+      })
+    case "Snooze":
+      return Effect.succeed(entry("snoozed", { delay: outcome.delay }))
+    case "Cancel":
+      return Effect.succeed(entry("cancelled", { reason: Outcome.sanitize(outcome.reason) }))
+    case "Discard":
+      return Effect.succeed(entry("discarded", { reason: Outcome.sanitize(outcome.reason) }))
+    case "Release":
+      return Effect.succeed(entry("released", {}))
+  }
+}
+
+/** The bare entry of one verb. */
+export const entryOf = (running: Running, verb: Settlement.Verb): Settlement.Entry => ({
+  lease: running.lease,
+  id: running.row.id,
+  verb,
+  result: undefined,
+  reason: undefined,
+  delay: undefined,
+  failure: undefined,
+  ran: 0
+})
+
+/** An error that does not fit its schema, or is too large, is kept as text only. */
+const encodeError = (handling: Handling, error: unknown): Effect.Effect<string | undefined, never, unknown> =>
+  Effect.flatMap(
+    handling.encodeError(error),
+    (value) => jsonText(value, maxErrorBytes, () => (message) => message, "the error")
+  ).pipe(Effect.catchCause(() => Effect.succeed(undefined)))
+
+const historyOf = (
+  row: Store.ClaimedRow,
+  handling: Handling
+): Effect.Effect<ReadonlyArray<RetryPolicy.Attempt<unknown>>, never, unknown> =>
+  row.history === null
+    ? Effect.succeed([])
+    : Effect.forEach(JSON.parse(row.history) as ReadonlyArray<Store.AttemptRow>, (attempt) =>
+      Effect.map(failureOf(attempt, handling), (failure) => ({ at: attempt.at, failure })))
+
+const failureOf = (
+  attempt: Store.AttemptRow,
+  handling: Handling
+): Effect.Effect<Job.Failure<unknown>, never, unknown> => {
+  const message = attempt.message ?? ""
+  switch (attempt.tag) {
+    case "Failed":
+      return Effect.suspend(() => handling.decodeError(attempt.error)).pipe(
+        Effect.map((error): Job.Failure<unknown> => ({ _tag: "Failed", error })),
+        Effect.catchCause(() => Effect.succeed<Job.Failure<unknown>>({ _tag: "Undecodable", message }))
+      )
+    case "TimedOut":
+    case "Interrupted":
+    case "Lost":
+      return Effect.succeed({ _tag: attempt.tag })
+    case "Undecodable":
+      return Effect.succeed({ _tag: "Undecodable", message })
+    default:
+      return Effect.succeed({ _tag: "Defect", message })
+  }
+}
+
+const infoOf = (running: Running, history: ReadonlyArray<RetryPolicy.Attempt<unknown>>): Job.Info => {
+  const row = running.row
+  return {
+    // Sound: the storage's ids are the ones that enqueue made.
+    id: row.id as Job.JobId,
+    // Sound: a job whose row is gone has no kind, and is never run.
+    kind: row.kind as string,
+    queue: running.queue,
+    priority: row.priority,
+    attempt: row.attempt + 1,
+    maxAttempts: row.max_attempts,
+    enqueuedAt: DateTime.makeUnsafe(row.enqueued_at),
+    scheduledFor: DateTime.makeUnsafe(row.scheduled_for),
+    metadata: JSON.parse(row.metadata) as Job.Metadata,
+    lastFailure: Option.map(Option.fromUndefinedOr(history[history.length - 1]), ({ failure }) => failure)
+  }
+}
+
+const parentOf = (trace: string | null): { readonly parent?: Tracer.ExternalSpan; readonly root?: true } => {
+  const found = trace === null ? null : /^00-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{2})$/.exec(trace)
+  return found === null
+    ? { root: true }
+    : { parent: Tracer.externalSpan({ traceId: found[1]!, spanId: found[2]!, sampled: found[3] === "01" }) }
+}

@@ -1,0 +1,181 @@
+/**
+ * Who must be woken, and when: marked after the commit, told to the workers of this process directly and to the others
+ * by one coalesced NOTIFY. Only a hint: polling is the truth.
+ *
+ * @since 0.1.0
+ */
+import type * as PgConnection from "@effect/sql-pg/PgConnection"
+import * as Cause from "effect/Cause"
+import * as Deferred from "effect/Deferred"
+import * as Effect from "effect/Effect"
+import * as Latch from "effect/Latch"
+import * as Queue from "effect/Queue"
+import type * as Scope from "effect/Scope"
+import * as Database from "./Database.ts"
+import * as Store from "./Store.ts"
+
+/** Told which queue has something due, and in how many milliseconds; no queue means: look at all of them. */
+export type Listener = (queue: string | undefined, delay: number) => void
+
+/**
+ * Wakes workers.
+ */
+export interface Wakeup {
+  /** Announces that a queue has something due in `delay` milliseconds. Returns at once and never fails. */
+  readonly mark: (queue: string, delay: number) => void
+  /** Registers a worker of this process until the scope closes. */
+  readonly subscribe: (listener: Listener) => Effect.Effect<void, never, Scope.Scope>
+  /** Hears the other processes until it is interrupted; reconnects for ever. */
+  readonly listen: Effect.Effect<void>
+}
+
+/** At most one round of NOTIFY in this many milliseconds: 4-5 times the enqueue rate of a NOTIFY per enqueue. */
+const pause = 5
+
+/** A worker that waits longer than this looks again by itself, so a NOTIFY for a later job would be noise. */
+const horizon = 10_000
+
+/**
+ * Starts the notifier of one queue.
+ */
+export const make = Effect.fnUntraced(function*(db: Database.Database, schema: string) {
+  const channel = Database.channelOf(schema)
+  const listeners = new Set<Listener>()
+  const dirty = new Map<string, number>()
+  const pending = Latch.makeUnsafe(false)
+  // The session of our own notifier: its notifications were delivered to this process directly.
+  let ownProcess = 0
+
+  const mark = (queue: string, delay: number): void => {
+    for (const listener of listeners) listener(queue, delay)
+    if (delay > horizon) return
+    const known = dirty.get(queue)
+    if (known === undefined || delay < known) dirty.set(queue, delay)
+    pending.openUnsafe()
+  }
+
+  if (db.connect !== undefined) {
+    // Nothing is lost with this session, so it commits without waiting for the disk.
+    const connect = db.connect({ synchronous_commit: "off" })
+    const notifier = Effect.scoped(Effect.gen(function*() {
+      yield* pending.await
+      const session = yield* connect
+      ownProcess = session.processId
+      while (true) {
+        yield* pending.await
+        pending.closeUnsafe()
+        const round = [...dirty].map(([queue, delay]) => `${Math.ceil(delay)} ${queue}`)
+        dirty.clear()
+        yield* session.query(Store.notifyText, [channel, round])
+        yield* Effect.sleep(pause)
+      }
+    }))
+    yield* notifier.pipe(forever("notifier"), Effect.forkScoped)
+  } else {
+    // Without a session of our own there is nobody to tell the others; they poll.
+    yield* Effect.forkScoped(Effect.forever(Effect.flatMap(pending.await, () =>
+      Effect.sync(() => {
+        pending.closeUnsafe()
+        dirty.clear()
+      }))))
+  }
+
+  const hear = (payload: string): void => {
+    // Anybody may NOTIFY: whatever does not parse means no more than "look".
+    const found = /^(\d{1,7}) (.+)$/s.exec(payload)
+    for (const listener of listeners) {
+      if (found === null) listener(undefined, 0)
+      else listener(found[2], Number(found[1]))
+    }
+  }
+
+  const listen = db.connect === undefined ? Effect.never : listenOnce({
+    connect: db.connect(),
+    channel,
+    // Whatever was announced while nobody listened is found by looking, after LISTEN is confirmed and not before.
+    onReady: () => {
+      for (const listener of listeners) listener(undefined, 0)
+    },
+    onNotification: (notification) => {
+      if (notification.processId !== ownProcess) hear(notification.payload)
+    }
+  }).pipe(forever("listener"))
+
+  const wakeup: Wakeup = {
+    mark,
+    listen,
+    subscribe: (listener) =>
+      Effect.acquireRelease(
+        Effect.sync(() => listeners.add(listener)),
+        () => Effect.sync(() => listeners.delete(listener))
+      )
+  }
+  return wakeup
+})
+
+/** Listens until the session fails. A half-open link is noticed by a query of its own within 15 s: TCP never tells. */
+const listenOnce = (options: {
+  readonly connect: Effect.Effect<PgConnection.PgConnection, unknown, Scope.Scope>
+  readonly channel: string
+  readonly onReady: () => void
+  readonly onNotification: (notification: PgConnection.Notification) => void
+}) =>
+  Effect.scoped(Effect.gen(function*() {
+    // Pinned first: LISTEN holds the session, and the probe must go through the same pin.
+    const session = yield* Effect.flatMap(options.connect, (connection) => connection.pin)
+    const notifications = yield* session.listen(options.channel)
+    options.onReady()
+    const probe = bounded(session.query("select 1"), 5000).pipe(
+      Effect.andThen(Effect.sleep("10 seconds")),
+      Effect.forever
+    )
+    const take = Effect.forever(Effect.map(Queue.takeAll(notifications), (all) => {
+      for (const notification of all) options.onNotification(notification)
+    }))
+    yield* Effect.raceFirst(take, probe)
+  }))
+
+/**
+ * Runs an effect, but waits at most `millis` for it.
+ *
+ * **Details**
+ *
+ * `Effect.timeout` waits until the interrupted statement has drained, which on a dead link takes seconds to minutes.
+ * This one leaves it behind.
+ */
+export const bounded = <A, E, R>(self: Effect.Effect<A, E, R>, millis: number): Effect.Effect<A, E | TimedOut, R> =>
+  Effect.gen(function*() {
+    const result = Deferred.makeUnsafe<A, E | TimedOut>()
+    const fiber = yield* Effect.forkDetach(Effect.onExit(self, (exit) => Deferred.done(result, exit)), {
+      startImmediately: true
+    })
+    if (Deferred.isDoneUnsafe(result)) return yield* Deferred.await(result)
+    const abandon = () => fiber.interruptUnsafe()
+    // A fiber of its own, not a race: a race inside an uninterruptible region waits for its loser.
+    const timer = yield* Effect.forkDetach(Effect.andThen(
+      Effect.sleep(millis),
+      Effect.sync(() => {
+        Deferred.doneUnsafe(result, Effect.fail(new TimedOut()))
+        abandon()
+      })
+    ))
+    return yield* Deferred.await(result).pipe(
+      Effect.onInterrupt(() => Effect.sync(abandon)),
+      Effect.ensuring(Effect.sync(() => timer.interruptUnsafe()))
+    )
+  })
+
+/** The answer did not come in time; whether the statement took effect is unknown. */
+export class TimedOut extends Error {
+  readonly _tag = "TimedOut"
+}
+
+/** Runs a background loop again whenever it ends, whatever it ended with. */
+const forever = (name: string) => <A, E, R>(self: Effect.Effect<A, E, R>): Effect.Effect<A, never, R> =>
+  self.pipe(
+    Effect.sandbox,
+    Effect.tapError((cause) => Effect.logDebug(`effect-pgqueue: the ${name} lost its connection`, Cause.pretty(cause))),
+    // The schedule never ends, so neither does this: every cause but an interruption of this fiber is tried again.
+    Effect.retry(Database.backoff),
+    Effect.orDie
+  )

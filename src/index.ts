@@ -1,0 +1,12 @@
+/**
+ * A job queue for Effect applications on the PostgreSQL they already run.
+ *
+ * @since 0.1.0
+ */
+
+/** What a job is: define it, enqueue it, handle it. */
+export * as Job from "./Job.ts"
+/** The service producers use, and its layer. */
+export { JobQueue, JobQueueError } from "./JobQueue.ts"
+/** Runs the jobs of one process. */
+export * as Worker from "./Worker.ts"
