@@ -15,8 +15,6 @@ import type * as Scope from "effect/Scope"
 import * as SqlClient from "effect/sql/SqlClient"
 import { isSqlError, type SqlError } from "effect/sql/SqlError"
 
-export { isSqlError }
-
 /**
  * The ways to the database that one queue uses.
  */

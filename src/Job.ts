@@ -410,6 +410,7 @@ const define = (
       own
     )
 
+  // oxlint-disable-next-line typescript/no-extraneous-class -- a definition is a class to extend, with statics only
   return Object.assign(class {}, {
     [TypeId]: { definition },
     _tag: name,

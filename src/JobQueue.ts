@@ -157,7 +157,7 @@ const make = Effect.fnUntraced(function*(options: Options) {
   // In the layer's context, not in that of whichever caller happened to be first.
   const forkSender = (sender: Effect.Effect<void>) =>
     Effect.forkIn(
-      Effect.updateContext(Effect.withTracerEnabled(sender, false), (_: Context.Context<never>) => context),
+      Effect.updateContext(Effect.withTracerEnabled(sender, false), (_caller: Context.Context<never>) => context),
       scope
     )
 

@@ -10,7 +10,7 @@ import * as Schedule from "effect/Schedule"
 import * as Schema from "effect/Schema"
 import * as Migrator from "effect/sql/Migrator"
 import * as SqlClient from "effect/sql/SqlClient"
-import type { SqlError } from "effect/sql/SqlError"
+import { isSqlError, type SqlError } from "effect/sql/SqlError"
 import * as Database from "./Database.ts"
 
 /**
@@ -342,7 +342,7 @@ export const run = Effect.fn("Migrations.run")(
       Database.typedTransaction,
       // Migrator wraps what a migration fails with; the SqlError inside is what decides whether to try again.
       Effect.catchTag("MigrationError", (error) =>
-        Database.isSqlError(error.cause)
+        isSqlError(error.cause)
           ? Effect.fail(error.cause)
           : Effect.die(new Error(error.message, { cause: error.cause }))),
       Effect.tapCause((cause) => Effect.logDebug("effect-pgqueue: migration did not go through", Cause.pretty(cause))),

@@ -7,6 +7,7 @@
 import * as Cause from "effect/Cause"
 import * as Effect from "effect/Effect"
 import * as Latch from "effect/Latch"
+import { isSqlError } from "effect/sql/SqlError"
 import * as Database from "./Database.ts"
 import type * as Settlement from "./Settlement.ts"
 import type * as Store from "./Store.ts"
@@ -89,7 +90,7 @@ export const make = (options: {
       }),
       Effect.catchCause((cause) => {
         const error = cause.reasons.find(Cause.isFailReason)?.error
-        if (Database.isSqlError(error) && !Database.isTransient(error)) {
+        if (isSqlError(error) && !Database.isTransient(error)) {
           if (entries.length > 1) {
             const middle = entries.length >> 1
             return Effect.andThen(send(entries.slice(0, middle)), send(entries.slice(middle)))

@@ -128,6 +128,9 @@ export interface TakenBack {
   readonly queues: ReadonlyArray<string>
 }
 
+/** Asks whether a session is still there. */
+export const probeText = "select 1 as here"
+
 /** Announces queues: one statement, whatever their number. */
 export const notifyText = "select pg_notify($1::text, p)::text as sent from unnest($2::text[]) as p"
 

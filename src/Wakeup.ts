@@ -125,7 +125,7 @@ const listenOnce = (options: {
     const session = yield* Effect.flatMap(options.connect, (connection) => connection.pin)
     const notifications = yield* session.listen(options.channel)
     options.onReady()
-    const probe = bounded(session.query("select 1"), 5000).pipe(
+    const probe = bounded(session.query(Store.probeText), 5000).pipe(
       Effect.andThen(Effect.sleep("10 seconds")),
       Effect.forever
     )
