@@ -108,6 +108,40 @@ export const snooze = (delay: Duration.Input): Effect.Effect<never, never, Curre
   stop({ _tag: "Snooze", delay: Math.min(Math.max(0, Duration.toMillis(delay)), Number.MAX_SAFE_INTEGER) })
 
 // -----------------------------------------------------------------------------
+// Middleware
+// -----------------------------------------------------------------------------
+
+/**
+ * The end of a run, opaque to middleware.
+ *
+ * @category models
+ * @since 0.1.0
+ */
+export interface Ended {
+  readonly _: unique symbol
+}
+
+/**
+ * The failure of a run, opaque to middleware.
+ *
+ * @category models
+ * @since 0.1.0
+ */
+export interface Unhandled {
+  readonly _: unique symbol
+}
+
+/**
+ * Wraps every run of a worker. It may add requirements, it cannot swallow or change the result.
+ *
+ * @category models
+ * @since 0.1.0
+ */
+export interface Middleware<out R = never> {
+  (run: Effect.Effect<Ended, Unhandled>, job: Info): Effect.Effect<Ended, Unhandled, R>
+}
+
+// -----------------------------------------------------------------------------
 // Definitions
 // -----------------------------------------------------------------------------
 
@@ -198,7 +232,7 @@ export interface Definition {
 
 /** What the layer of a handler provides: the function, and the context that its layer was built in. @internal */
 export interface Registered {
-  readonly run: (payload: unknown, kind: string) => Effect.Effect<unknown, unknown, unknown>
+  readonly run: (payload: unknown, kind: string) => Effect.Effect<Ended, Unhandled>
   readonly context: Context.Context<never>
 }
 

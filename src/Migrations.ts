@@ -347,7 +347,9 @@ export const run = Effect.fn("Migrations.run")(
           : Effect.die(new Error(error.message, { cause: error.cause }))),
       Effect.tapCause((cause) => Effect.logDebug("effect-pgqueue: migration did not go through", Cause.pretty(cause))),
       Effect.retry({
-        while: Database.isTransient,
+        // 23505: somebody else has created the schema at the same time; "if not exists" does not cover that.
+        while: (error) =>
+          Database.isTransient(error) || (Database.isSqlError(error) && Database.sqlState(error) === "23505"),
         schedule: Schedule.max([Schedule.spaced(jitter), Schedule.recurs(200)]).pipe(
           Schedule.upTo({ duration: "1 minute" })
         )

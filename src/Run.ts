@@ -12,7 +12,6 @@ import type * as Fiber from "effect/Fiber"
 import * as Option from "effect/Option"
 import * as References from "effect/References"
 import * as Schema from "effect/Schema"
-import type * as Scope from "effect/Scope"
 import * as Tracer from "effect/Tracer"
 import { jsonText } from "./Enqueue.ts"
 import * as Job from "./Job.ts"
@@ -21,36 +20,6 @@ import * as Outcome from "./Outcome.ts"
 import * as RetryPolicy from "./RetryPolicy.ts"
 import type * as Settlement from "./Settlement.ts"
 import type * as Store from "./Store.ts"
-
-/**
- * The end of a run, opaque to middleware.
- *
- * @category models
- * @since 0.1.0
- */
-export interface Ended {
-  readonly _: unique symbol
-}
-
-/**
- * The failure of a run, opaque to middleware.
- *
- * @category models
- * @since 0.1.0
- */
-export interface Unhandled {
-  readonly _: unique symbol
-}
-
-/**
- * Wraps every run of a worker. It may add requirements, it cannot swallow or change the result.
- *
- * @category models
- * @since 0.1.0
- */
-export interface Middleware<out R = never> {
-  (run: Effect.Effect<Ended, Unhandled>, job: Job.Info): Effect.Effect<Ended, Unhandled, R>
-}
 
 /** A claimed job and what the worker knows of its run. */
 export interface Running {
@@ -70,20 +39,23 @@ export interface Running {
 export interface Handling {
   readonly definition: Job.Definition
   readonly registered: Job.Registered
-  readonly decode: (payload: unknown) => Effect.Effect<unknown, Schema.SchemaError, unknown>
-  readonly encodeSuccess: (value: unknown) => Effect.Effect<unknown, Schema.SchemaError, unknown>
-  readonly encodeError: (error: unknown) => Effect.Effect<unknown, Schema.SchemaError, unknown>
-  readonly decodeError: (error: unknown) => Effect.Effect<unknown, Schema.SchemaError, unknown>
+  readonly decode: Codec
+  readonly encodeSuccess: Codec
+  readonly encodeError: Codec
+  readonly decodeError: Codec
 }
+
+type Codec = (value: unknown) => Effect.Effect<unknown, Schema.SchemaError>
 
 /** Prepares a definition and its registered handler. */
 export const handling = (definition: Job.Definition, registered: Job.Registered): Handling => ({
   definition,
   registered,
-  decode: Schema.decodeUnknownEffect(Schema.toCodecJson(definition.payloadSchema)),
-  encodeSuccess: Schema.encodeUnknownEffect(Schema.toCodecJson(definition.successSchema)),
-  encodeError: Schema.encodeUnknownEffect(Schema.toCodecJson(definition.errorSchema)),
-  decodeError: Schema.decodeUnknownEffect(Schema.toCodecJson(definition.errorSchema))
+  // Sound: the services of these codecs are requirements of the handler's layer, whose context every run is given.
+  decode: Schema.decodeUnknownEffect(Schema.toCodecJson(definition.payloadSchema)) as Codec,
+  encodeSuccess: Schema.encodeUnknownEffect(Schema.toCodecJson(definition.successSchema)) as Codec,
+  encodeError: Schema.encodeUnknownEffect(Schema.toCodecJson(definition.errorSchema)) as Codec,
+  decodeError: Schema.decodeUnknownEffect(Schema.toCodecJson(definition.errorSchema)) as Codec
 })
 
 /** The most that is kept of an encoded typed error, in bytes. */
@@ -108,7 +80,7 @@ export const monotonic = (clock: Clock.Clock): number => Number(clock.monotonicT
  */
 export const make = (options: {
   readonly context: Context.Context<never>
-  readonly middleware: ReadonlyArray<Middleware<unknown>>
+  readonly middleware: ReadonlyArray<Job.Middleware>
 }) =>
 (running: Running, handling: Handling): Effect.Effect<void> =>
   Effect.suspend(() => {
@@ -125,9 +97,8 @@ export const make = (options: {
           running.entry = yield* settlement(outcome, running, handling, history, monotonic(clock) - startedAt)
         })
       ),
-      // Sound: the worker's layer required everything that middleware and codecs need, and the handler's layer what the
-      // handler needs; `context` holds both.
-      context as Context.Context<unknown>
+      // What middleware needs, the worker's layer required; what the handler and its codecs need, the handler's did.
+      context
     )
   })
 
@@ -136,34 +107,29 @@ const body = (
   running: Running,
   handling: Handling,
   info: Job.Info,
-  middleware: ReadonlyArray<Middleware<unknown>>
-): Effect.Effect<unknown, unknown, unknown> => {
-  const payload = Effect.suspend(() => handling.decode(JSON.parse(running.row.payload))).pipe(
-    // JSON.parse throws only for a row that was not written as JSON, which the column's type rules out.
-    Effect.mapError((error) => new Undecodable(error.message))
-  )
-  // Sound: the result and the failure pass through middleware as opaque values and come out the same.
-  let run = Effect.flatMap(payload, (value) => handling.registered.run(value, info.kind)) as Effect.Effect<
-    Ended,
-    Unhandled
-  >
-  // Sound: the requirement of each middleware is in the worker's context.
-  for (let i = middleware.length - 1; i >= 0; i--) run = middleware[i]!(run, info) as Effect.Effect<Ended, Unhandled>
-
-  const timed = running.row.timeout_ms === null ? run : withTimeout(run, running, info, running.row.timeout_ms)
-  const spanned = Effect.withSpan(timed, `job ${info.kind}`, {
-    kind: "consumer",
-    ...parentOf(running.row.trace),
-    attributes: {
-      "messaging.system": "effect-pgqueue",
-      "messaging.destination.name": info.queue,
-      "messaging.message.id": info.id,
-      "job.kind": info.kind,
-      "job.attempt": info.attempt
-    },
-    captureStackTrace: false
-  })
-  return Effect.scoped(spanned as Effect.Effect<Ended, Unhandled, Scope.Scope>).pipe(
+  middleware: ReadonlyArray<Job.Middleware>
+) => {
+  const wrapped = (payload: unknown) => {
+    let run = handling.registered.run(payload, info.kind)
+    for (let i = middleware.length - 1; i >= 0; i--) run = middleware[i]!(run, info)
+    return running.row.timeout_ms === null ? run : withTimeout(run, running, info, running.row.timeout_ms)
+  }
+  return Effect.suspend(() => handling.decode(JSON.parse(running.row.payload))).pipe(
+    Effect.mapError((error) => new Undecodable(error.message)),
+    Effect.flatMap((payload) =>
+      Effect.withSpan(Effect.scoped(wrapped(payload)), `job ${info.kind}`, {
+        kind: "consumer",
+        ...parentOf(running.row.trace),
+        attributes: {
+          "messaging.system": "effect-pgqueue",
+          "messaging.destination.name": info.queue,
+          "messaging.message.id": info.id,
+          "job.kind": info.kind,
+          "job.attempt": info.attempt
+        },
+        captureStackTrace: false
+      })
+    ),
     Effect.provideService(Job.Current, info),
     Effect.updateService(References.CurrentLogAnnotations, (annotations) => ({
       ...annotations,
@@ -217,7 +183,7 @@ const settlement = (
   handling: Handling,
   history: ReadonlyArray<RetryPolicy.Attempt<unknown>>,
   ran: number
-): Effect.Effect<Settlement.Entry, never, unknown> => {
+): Effect.Effect<Settlement.Entry> => {
   const entry = (verb: Settlement.Verb, more: Partial<Settlement.Entry>): Settlement.Entry => ({
     ...entryOf(running, verb),
     ran,
@@ -277,16 +243,16 @@ export const entryOf = (running: Running, verb: Settlement.Verb): Settlement.Ent
 })
 
 /** An error that does not fit its schema, or is too large, is kept as text only. */
-const encodeError = (handling: Handling, error: unknown): Effect.Effect<string | undefined, never, unknown> =>
+const encodeError = (handling: Handling, error: unknown): Effect.Effect<string | undefined> =>
   Effect.flatMap(
     handling.encodeError(error),
     (value) => jsonText(value, maxErrorBytes, () => (message) => message, "the error")
-  ).pipe(Effect.catchCause(() => Effect.succeed(undefined)))
+  ).pipe(Effect.catchCause(() => Effect.undefined))
 
 const historyOf = (
   row: Store.ClaimedRow,
   handling: Handling
-): Effect.Effect<ReadonlyArray<RetryPolicy.Attempt<unknown>>, never, unknown> =>
+): Effect.Effect<ReadonlyArray<RetryPolicy.Attempt<unknown>>> =>
   row.history === null
     ? Effect.succeed([])
     : Effect.forEach(JSON.parse(row.history) as ReadonlyArray<Store.AttemptRow>, (attempt) =>
@@ -295,7 +261,7 @@ const historyOf = (
 const failureOf = (
   attempt: Store.AttemptRow,
   handling: Handling
-): Effect.Effect<Job.Failure<unknown>, never, unknown> => {
+): Effect.Effect<Job.Failure<unknown>> => {
   const message = attempt.message ?? ""
   switch (attempt.tag) {
     case "Failed":

@@ -132,7 +132,7 @@ const listenOnce = (options: {
     const take = Effect.forever(Effect.map(Queue.takeAll(notifications), (all) => {
       for (const notification of all) options.onNotification(notification)
     }))
-    yield* Effect.raceFirst(take, probe)
+    return yield* Effect.raceFirst(take, probe)
   }))
 
 /**

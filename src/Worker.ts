@@ -25,8 +25,6 @@ import * as Run from "./Run.ts"
 import * as Settler from "./Settler.ts"
 import * as Wakeup from "./Wakeup.ts"
 
-export type { Ended, Middleware, Unhandled } from "./Run.ts"
-
 /**
  * The options of a worker.
  *
@@ -81,7 +79,7 @@ type Needs<J extends ReadonlyArray<Job.Any>, M> =
  * @category layers
  * @since 0.1.0
  */
-export const layer = <const J extends ReadonlyArray<Job.Any>, M extends Run.Middleware<any> = never>(
+export const layer = <const J extends ReadonlyArray<Job.Any>, M extends Job.Middleware<unknown> = never>(
   options: Options<J, M>
 ): Layer.Layer<never, JobQueueError | SqlError, Needs<J, M>> =>
   Layer.effectDiscard(
@@ -99,7 +97,7 @@ export const layer = <const J extends ReadonlyArray<Job.Any>, M extends Run.Midd
  * @category running
  * @since 0.1.0
  */
-export const runUntilEmpty = <const J extends ReadonlyArray<Job.Any>, M extends Run.Middleware<any> = never>(
+export const runUntilEmpty = <const J extends ReadonlyArray<Job.Any>, M extends Job.Middleware<unknown> = never>(
   options: Options<J, M> & { readonly limit?: number | undefined }
 ): Effect.Effect<{ readonly completed: number; readonly failed: number }, JobQueueError | SqlError, Needs<J, M>> =>
   Effect.scoped(Effect.gen(function*() {
@@ -115,7 +113,7 @@ export const runUntilEmpty = <const J extends ReadonlyArray<Job.Any>, M extends 
  * @category middleware
  * @since 0.1.0
  */
-export const middleware = <R>(wrap: Run.Middleware<R>): Run.Middleware<R> => wrap
+export const middleware = <R>(wrap: Job.Middleware<R>): Job.Middleware<R> => wrap
 
 /**
  * Logs the start, the end and the duration of every run. Never the payload.
@@ -123,7 +121,7 @@ export const middleware = <R>(wrap: Run.Middleware<R>): Run.Middleware<R> => wra
  * @category middleware
  * @since 0.1.0
  */
-export const logged: Run.Middleware = (run, job) =>
+export const logged: Job.Middleware = (run, job) =>
   Effect.gen(function*() {
     yield* Effect.logDebug(`job ${job.kind} starts, attempt ${job.attempt} of ${job.maxAttempts}`)
     const [duration, exit] = yield* Effect.timed(Effect.exit(run))
@@ -165,7 +163,7 @@ interface Lease {
 const claimBound = 15_000
 
 const start = Effect.fnUntraced(function*(
-  options: Options<ReadonlyArray<Job.Any>, Run.Middleware<unknown>>,
+  options: Options<ReadonlyArray<Job.Any>, Job.Middleware<unknown>>,
   limit?: number
 ) {
   const queue = yield* JobQueue
@@ -176,7 +174,9 @@ const start = Effect.fnUntraced(function*(
   const now = () => Run.monotonic(clock)
   const settings = yield* resolveOptions(options, queue.mode)
   const routes = routesOf(options.jobs, context)
-  const run = Run.make({ context, middleware: options.middleware ?? [] })
+  // Sound: what the middleware needs, the public types require of the context that every run is given.
+  const middleware = (options.middleware ?? []) as ReadonlyArray<Job.Middleware>
+  const run = Run.make({ context, middleware })
   const runFork = Effect.runForkWith(context as Context.Context<never>)
 
   const lines = settings.queues.map(([name, concurrency]) => Line.make(name, concurrency, now()))
