@@ -348,8 +348,7 @@ export const run = Effect.fn("Migrations.run")(
       Effect.tapCause((cause) => Effect.logDebug("effect-pgqueue: migration did not go through", Cause.pretty(cause))),
       Effect.retry({
         // 23505: somebody else has created the schema at the same time; "if not exists" does not cover that.
-        while: (error) =>
-          Database.isTransient(error) || (Database.isSqlError(error) && Database.sqlState(error) === "23505"),
+        while: (error) => Database.isTransient(error) || (isSqlError(error) && Database.sqlState(error) === "23505"),
         schedule: Schedule.max([Schedule.spaced(jitter), Schedule.recurs(200)]).pipe(
           Schedule.upTo({ duration: "1 minute" })
         )

@@ -1,0 +1,249 @@
+/**
+ * The plans of the hot statements: look-ups at any size, whatever the statistics say. One database with statistics of
+ * empty tables that are then filled, one with fresh statistics; the settings are those of the queue's own connections.
+ */
+import { assert, layer } from "@effect/vitest"
+import { Effect } from "effect"
+import { SqlClient } from "effect/sql"
+import * as Database from "../src/Database.ts"
+import * as Migrations from "../src/Migrations.ts"
+import * as Settlement from "../src/Settlement.ts"
+import * as Store from "../src/Store.ts"
+import { databaseLayer } from "./support/database.ts"
+import { entry, failure, jobs, keyed, uuid } from "./support/storage.ts"
+
+interface Plan {
+  readonly "Node Type": string
+  readonly "Relation Name"?: string
+  readonly "Index Name"?: string
+  readonly "Index Cond"?: string
+  readonly "Output"?: ReadonlyArray<string>
+  readonly "Filter"?: string
+  readonly "Actual Rows"?: number
+  readonly "Actual Loops"?: number
+  readonly "Shared Hit Blocks"?: number
+  readonly "Shared Read Blocks"?: number
+  readonly Plans?: ReadonlyArray<Plan>
+}
+
+const tables = ["job", "ready", "lease", "worker", "attempt", "finished", "unique_key"]
+/** Below this many pages a table is read at once for less than it costs to look anything up, and stays so. */
+const smallTable = 64
+
+const nodesOf = (plan: Plan): ReadonlyArray<Plan> => [plan, ...(plan.Plans ?? []).flatMap(nodesOf)]
+/** The condition of an index scan; that of a bitmap scan is on its child. */
+const condition = (plan: Plan): string =>
+  plan["Index Cond"] ?? (plan["Node Type"] === "Bitmap Heap Scan" ? plan.Plans?.[0]?.["Index Cond"] : undefined) ?? ""
+const reads = (plan: Plan) => (plan["Shared Hit Blocks"] ?? 0) + (plan["Shared Read Blocks"] ?? 0)
+
+/** A schema with its store, filled on the server. */
+const open = Effect.fnUntraced(function*(schema: string) {
+  const sql = yield* SqlClient.SqlClient
+  const db = yield* Database.make(sql, { maxConnections: 2 })
+  yield* Migrations.run(db.own, schema)
+  const store = Store.make(db, schema)
+  const query = <A extends object = Record<string, unknown>>(text: string, params: Array<unknown> = []) =>
+    db.query<A>(text.replaceAll("$schema", schema), params)
+  for (const table of tables) yield* query(`alter table $schema.${table} set (autovacuum_enabled = off)`)
+  const analyze = query(`analyze ${tables.map((table) => `$schema.${table}`).join(", ")}`)
+
+  const fill = (count: number) =>
+    query(
+      `with source as materialized (select gen_random_uuid() as id, i from generate_series(1, $1::int4) as i),
+        job as (
+          insert into $schema.job (id, kind, queue, priority, run_at, scheduled_for, max_attempts, unique_key, payload)
+          select id, 'k', 'default', 5, now(), now(), 5, case when i % 10 = 0 then uuid_send(id) end,
+            '{"to":"somebody@example.com","subject":"sixty bytes or so"}' from source
+        ), line as (
+          insert into $schema.ready (queue, lane, run_at, id, kind, attempt) select 'default', 5, now(), id, 'k', 0 from source
+        ), keys as (
+          insert into $schema.unique_key (key, job, until) select uuid_send(id), id, 'finished' from source where i % 10 = 0
+        ), tried as (
+          insert into $schema.attempt (job, n, tag) select id, 1, 'Failed' from source where i % 10 = 1
+        )
+        insert into $schema.finished (id, kind, queue, priority, status, attempt, max_attempts, rescued, snoozed, metadata,
+          enqueued_at, scheduled_for, payload)
+        select gen_random_uuid(), 'k', 'default', 5, 'completed', 1, 5, 0, 0, '{}', now(), now(), '{}' from source`,
+      [count]
+    )
+
+  const explain = (text: string, params: ReadonlyArray<unknown>, options = "verbose") =>
+    Effect.map(
+      query<{ "QUERY PLAN": ReadonlyArray<{ Plan: Plan }> }>(`explain (format json, ${options}) ${text}`, [...params]),
+      ([row]) => row!["QUERY PLAN"][0]!.Plan
+    )
+
+  const lanes = [2, 5, 8, 102, 105]
+  const me = uuid()
+  yield* store.register({ id: me, name: "plans", queues: ["default"], kinds: ["k"], prefixes: [], lease: 30_000 })
+  const claim = (lease: string, limit: number, kinds = ["k"]) => ({
+    worker: me,
+    lease,
+    queue: "default",
+    lanes: lanes.map(Store.laneStart),
+    kinds,
+    prefixes: ["report:"],
+    limit
+  })
+  const claimParams = (kinds: ReadonlyArray<string>) => [
+    me,
+    uuid(),
+    "default",
+    lanes,
+    lanes.map(() => "-1"),
+    lanes.map(() => "00000000-0000-0000-0000-000000000000"),
+    kinds,
+    ["report:"],
+    100
+  ]
+  /** Claims four leases and returns a settlement of everything in them, all verbs. */
+  const settlement = Effect.fnUntraced(function*(size: number) {
+    const verbs = ["completed", "completed", "failed", "snoozed", "released", "discarded"] as const
+    const all: Array<Settlement.Entry> = []
+    for (let i = 0; i < 4; i++) {
+      const lease = uuid()
+      const rows = yield* store.claim(claim(lease, size / 4))
+      all.push(...rows.map((row, i) => entry(lease, row.id, verbs[i % verbs.length]!, { delay: 1000, failure })))
+    }
+    assert.strictEqual(all.length, size)
+    return all
+  })
+  return { schema, me, store, query, analyze, fill, explain, claimParams, lanes, settlement }
+})
+
+type Filled = Effect.Success<ReturnType<typeof open>>
+
+/** Looks at the plans of all statements. */
+const look = Effect.fnUntraced(function*(at: Filled) {
+  const pages = new Map(
+    (yield* at.query<{ name: string; pages: number }>(
+      `select relname as name, (pg_relation_size(oid) / 8192)::int4 as pages from pg_class
+       where relnamespace = '$schema'::regnamespace and relkind = 'r'`
+    )).map((row) => [row.name, row.pages])
+  )
+  const small = (table: string) => (pages.get(table) ?? 0) < smallTable
+  const { texts } = at.store
+  const entries = yield* at.settlement(400)
+  const plans: Record<string, Plan> = {}
+  const explain = (name: string, text: string, params: ReadonlyArray<unknown>) =>
+    Effect.map(at.explain(text, params), (plan) => {
+      plans[name] = plan
+    })
+
+  for (const count of [1, 500]) {
+    const columns = Store.columnsOf(jobs(count))
+    yield* explain(`insert of ${count}`, texts.insert, columns)
+    const unique = Array.from({ length: count }, (_, i) => keyed(`key ${i}`))
+    yield* explain(`insertUnique of ${count}`, texts.insertUnique, Store.keyedColumnsOf(unique, 5))
+    const three = [unique.map((job) => job.id), unique.map(() => "k"), unique.map((job) => job.unique!.key)]
+    yield* explain(`holders of ${count}`, texts.holders, three)
+    yield* explain(`expireKeys of ${count}`, texts.expireKeys, three.slice(1))
+  }
+  yield* explain("claim", texts.claim, at.claimParams(["k"]))
+  yield* explain("claim of unknown kinds", texts.claim, at.claimParams(["nothing", "else"]))
+  yield* explain("settle of 1", texts.settle, Settlement.columnsOf(at.me, entries.slice(0, 1)))
+  yield* explain("settle of 400", texts.settle, Settlement.columnsOf(at.me, entries))
+  yield* explain("rescue", texts.rescue, [100])
+  yield* explain("release", texts.release, [at.me, [...new Set(entries.map((one) => one.lease))]])
+  yield* explain("beat", texts.beat, [at.me])
+  yield* explain("look", texts.look, [["default", "nothing"], at.lanes])
+  yield* explain("reap", texts.reap, [])
+
+  for (const [name, plan] of Object.entries(plans)) {
+    const nodes = nodesOf(plan)
+    const on = (table: string) => nodes.filter((n) => n["Relation Name"] === table && n["Node Type"] !== "ModifyTable")
+    for (const table of ["job", "ready", "finished", "unique_key", "attempt"]) {
+      for (const node of on(table)) {
+        const where = `${name}: ${node["Node Type"]} on ${table}`
+        if (small(table) && node["Node Type"] === "Seq Scan") continue
+        assert.notStrictEqual(node["Node Type"], "Seq Scan", where)
+        if (node["Node Type"] === "Tid Scan") continue
+        if (table === "ready") {
+          assert.match(node["Node Type"], /^Index (Only )?Scan$/, where)
+          assert.strictEqual(node["Index Name"], "ready_pkey", where)
+          assert.match(condition(node), /queue = .*lane = .*run_at/, where)
+          if (name.startsWith("claim")) {
+            assert.match(condition(node), /ROW\([\w.]*run_at, [\w.]*id\) > ROW.*run_at <= statement_timestamp/, where)
+          }
+        } else {
+          const key = { job: "id", finished: "id", unique_key: "key", attempt: "job" }[table]!
+          assert.match(condition(node), new RegExp(`\\b${key} = `), where)
+        }
+      }
+    }
+    if (name.startsWith("claim") && !small("ready")) {
+      assert.strictEqual(
+        on("ready").filter((node) => node["Node Type"] === "Tid Scan").length,
+        1,
+        `${name}: delete by ctid`
+      )
+    }
+    if (/^(settle|rescue|release)/.test(name)) {
+      const texts = nodes.flatMap((node) => [...(node.Output ?? []), node.Filter ?? ""])
+      const memberships = texts.filter((text) => /\bIN\b|SubPlan/.test(text) && /hashed SubPlan/.test(text))
+      assert.isNotEmpty(memberships, `${name}: membership by hash`)
+    }
+  }
+  yield* at.store.release(at.me, [...new Set(entries.map((one) => one.lease))])
+})
+
+layer(databaseLayer({ maxConnections: 2 }), { excludeTestServices: true, timeout: "2 minutes" })("plans", (it) => {
+  it.effect(
+    "are look-ups with fresh statistics: 1 000 and 60 000 jobs",
+    () =>
+      Effect.scoped(Effect.gen(function*() {
+        const at = yield* open("fresh")
+        yield* at.fill(1000)
+        yield* at.analyze
+        yield* look(at)
+        yield* at.fill(59_000)
+        yield* at.analyze
+        yield* look(at)
+      }))
+  )
+
+  it.effect(
+    "are look-ups with the statistics of empty tables, and then with fresh ones: up to 1 000 000 jobs",
+    () =>
+      Effect.scoped(Effect.gen(function*() {
+        const at = yield* open("stale")
+        yield* at.analyze
+        yield* at.fill(1000)
+        yield* look(at)
+        yield* at.fill(59_000)
+        yield* look(at)
+        yield* at.fill(940_000)
+        yield* look(at)
+        yield* bounded(at)
+        yield* at.analyze
+        yield* look(at)
+        yield* bounded(at)
+      })),
+    120_000
+  )
+})
+
+/** What the statements really touch, with 1 000 000 jobs waiting. */
+const bounded = Effect.fnUntraced(function*(at: Filled) {
+  const analyzed = (text: string, params: ReadonlyArray<unknown>) =>
+    at.explain(text, params, "analyze, buffers, timing off")
+  const claim = yield* analyzed(at.store.texts.claim, at.claimParams(["k"]))
+  assert.isBelow(reads(claim), 3000, "buffers of a claim of 100")
+  const look = yield* analyzed(at.store.texts.look, [["default", "nothing"], at.lanes])
+  assert.isBelow(reads(look), 300, "buffers of a look")
+
+  const settle = Effect.fnUntraced(function*(count: number) {
+    const entries = yield* at.settlement(count)
+    const plan = yield* analyzed(at.store.texts.settle, Settlement.columnsOf(at.me, entries))
+    for (const node of nodesOf(plan)) {
+      const rows = (node["Actual Rows"] ?? 0) * (node["Actual Loops"] ?? 0)
+      assert.isAtMost(rows, 50_000, `${node["Node Type"]} in a settle of ${count}`)
+    }
+    return reads(plan)
+  })
+  // The first one reads the catalog and warms the cache.
+  yield* settle(500)
+  const half = yield* settle(500)
+  const whole = yield* settle(1000)
+  assert.isBelow(whole, half * 3, "buffers of a settle of 1 000 beside one of 500")
+})
