@@ -13,8 +13,9 @@ const suspectLanes = priorityLanes.map((priority) => Store.suspectLane + priorit
 /** Every lane that a look has to consider. */
 export const everyLane: ReadonlyArray<number> = [...priorityLanes, ...suspectLanes]
 
-/** Claim ahead about this many milliseconds of work. */
+/** Claim ahead as many jobs as ended in about this many milliseconds. */
 const ahead = 100
+
 /** The most jobs of one claim, and the most that wait in the buffer. */
 const mostClaimed = 500
 
@@ -23,8 +24,11 @@ const sweepEvery = 1000
 /** … and whenever it costs less than this part of the time. */
 const sweepShare = 0.03
 
-/** A buffered job waits no longer than this for a slot while none becomes free: then it goes back to the others. */
-export const stuckAfter = 150
+/** Buffered jobs go back to the others when every slot is taken and none has become free for this long … */
+const stuckAfter = 150
+
+/** … or when one of them has waited this long. */
+const waitedTooLong = 500
 
 /**
  * The state of one queue in one worker. Times are milliseconds of the monotonic clock.
@@ -35,9 +39,10 @@ export interface Line {
   /** Claimed and not started, in the order in which to start. */
   readonly buffer: Array<Run.Running>
   running: number
-  /** How long a handler takes, as a moving average; `undefined` until one has ended. */
-  handlerTime: number | undefined
-  /** When a slot last became free or a job was last started. */
+  /** How many jobs ended in the last 100 ms, roughly: a count that decays. */
+  endings: number
+  endingsAt: number
+  /** When a job was last started or ended. */
   movedAt: number
   readonly cursors: Map<number, Store.LaneCursor>
   sweptAt: number
@@ -52,7 +57,8 @@ export const make = (queue: string, concurrency: number, now: number): Line => (
   concurrency,
   buffer: [],
   running: 0,
-  handlerTime: undefined,
+  endings: 0,
+  endingsAt: now,
   movedAt: now,
   cursors: new Map(),
   sweptAt: -Infinity,
@@ -60,20 +66,18 @@ export const make = (queue: string, concurrency: number, now: number): Line => (
   sweepCostAt: now
 })
 
+const decayed = (line: Line, now: number): number => line.endings * Math.exp((line.endingsAt - now) / ahead)
+
 /**
- * How many jobs to claim now: the free slots, and ahead of them only as many as the handlers get through in about
- * 100 ms, so that no job waits here while another worker is idle.
+ * How many jobs to claim now: the free slots, and ahead of them only as many as ended in the last 100 ms or so, whatever
+ * the handlers do, so that no job waits here while another worker is idle.
  */
 export const wanted = (line: Line, now: number): number => {
-  const free = line.concurrency - line.running
-  const reserve = line.handlerTime === undefined || (free <= 0 && now - line.movedAt >= stuckAfter)
-    ? 0
-    : Math.min(mostClaimed, Math.floor((line.concurrency * ahead) / Math.max(line.handlerTime, 0.01)))
+  const free = Math.max(0, line.concurrency - line.running)
+  const reserve = Math.min(mostClaimed, Math.floor(decayed(line, now)))
   const room = free + reserve - line.buffer.length
   // Half the reserve at a time, or every job that ends would cost a claim.
-  return room >= Math.max(1, Math.min(free, reserve / 2)) && (free > line.buffer.length || room >= reserve / 2)
-    ? Math.min(room, mostClaimed)
-    : 0
+  return room >= Math.max(1, reserve / 2) || (room > 0 && free > line.buffer.length) ? Math.min(room, mostClaimed) : 0
 }
 
 /**
@@ -95,7 +99,7 @@ export const lanes = (line: Line, sweep: boolean, suspects: boolean): ReadonlyAr
 export const claimed = (
   line: Line,
   rows: ReadonlyArray<Store.ClaimedRow>,
-  options: { readonly sweep: boolean; readonly limit: number; readonly startedAt: number; readonly now: number }
+  options: { readonly sweep: boolean; readonly startedAt: number; readonly now: number }
 ): void => {
   for (const row of rows) line.cursors.set(row.lane, { lane: row.lane, runAt: row.run_at, id: row.id })
   if (options.sweep) {
@@ -114,14 +118,25 @@ export const add = (line: Line, jobs: ReadonlyArray<Run.Running>): void => {
   )
 }
 
-/** Notes that a handler ended after `ran` milliseconds. Slower is believed at once, faster only by and by. */
-export const ended = (line: Line, ran: number, now: number): void => {
-  line.running--
+/** Notes that a job was started. */
+export const started = (line: Line, now: number): void => {
+  line.running++
   line.movedAt = now
-  const known = line.handlerTime ?? ran
-  line.handlerTime = known + (ran - known) * (ran > known ? 0.5 : 0.1)
 }
 
-/** Whether the jobs in the buffer are held up by handlers that do not end. */
-export const stuck = (line: Line, now: number): boolean =>
-  line.buffer.length > 0 && line.running >= line.concurrency && now - line.movedAt >= stuckAfter
+/** Notes that a job ended. */
+export const ended = (line: Line, now: number): void => {
+  line.running--
+  line.movedAt = now
+  line.endings = decayed(line, now) + 1
+  line.endingsAt = now
+}
+
+/** Whether the jobs in the buffer are held up: other workers may be idle. */
+export const stuck = (line: Line, now: number): boolean => now >= stuckAt(line)
+
+/** When the jobs in the buffer count as held up, if nothing moves. */
+export const stuckAt = (line: Line): number =>
+  line.buffer.length === 0 || line.running < line.concurrency
+    ? Infinity
+    : Math.min(line.movedAt + stuckAfter, waitedTooLong + Math.min(...line.buffer.map((running) => running.claimedAt)))

@@ -76,7 +76,8 @@ class Undecodable {
 export const monotonic = (clock: Clock.Clock): number => Number(clock.monotonicTimeNanosUnsafe()) / 1_000_000
 
 /**
- * Runs a claimed job and leaves its settlement in `running.entry`. Never fails; only the run itself can be interrupted.
+ * Runs a claimed job and leaves its settlement in `running.entry`. Never fails. To be forked uninterruptible: an
+ * interruption then reaches the user's part and nothing else, and the run always ends with a settlement.
  */
 export const make = (options: {
   readonly context: Context.Context<never>
@@ -87,19 +88,14 @@ export const make = (options: {
     const clock = Context.get(options.context, Clock.Clock)
     const startedAt = monotonic(clock)
     const context = Context.merge(options.context, handling.registered.context)
-    return Effect.provideContext(
-      Effect.uninterruptibleMask((restore) =>
-        Effect.gen(function*() {
-          const history = yield* historyOf(running.row, handling)
-          const info = infoOf(running, history)
-          const exit = yield* Effect.exit(restore(body(running, handling, info, options.middleware)))
-          const outcome = conclude(exit, Job.intentOf(info), running)
-          running.entry = yield* settlement(outcome, running, handling, history, monotonic(clock) - startedAt)
-        })
-      ),
+    return Effect.gen(function*() {
+      const history = yield* historyOf(running.row, handling)
+      const info = infoOf(running, history)
+      const exit = yield* Effect.exit(Effect.interruptible(body(running, handling, info, options.middleware)))
+      const outcome = conclude(exit, Job.intentOf(info), running)
+      running.entry = yield* settlement(outcome, running, handling, history, monotonic(clock) - startedAt)
       // What middleware needs, the worker's layer required; what the handler and its codecs need, the handler's did.
-      context
-    )
+    }).pipe(Effect.provideContext(context))
   })
 
 /** The part that can be interrupted: everything of the user's. */

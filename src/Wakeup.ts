@@ -14,8 +14,13 @@ import type * as Scope from "effect/Scope"
 import * as Database from "./Database.ts"
 import * as Store from "./Store.ts"
 
-/** Told which queue has something due, and in how many milliseconds; no queue means: look at all of them. */
-export type Listener = (queue: string | undefined, delay: number) => void
+/** A worker of this process. */
+export interface Listener {
+  /** A queue has something due in `delay` milliseconds; no queue means: look at all of them. */
+  readonly onDue: (queue: string | undefined, delay: number) => void
+  /** The session that listened was lost: the first sign of an outage. */
+  readonly onLost: () => void
+}
 
 /**
  * Wakes workers.
@@ -47,7 +52,7 @@ export const make = Effect.fnUntraced(function*(db: Database.Database, schema: s
   let ownProcess = 0
 
   const mark = (queue: string, delay: number): void => {
-    for (const listener of listeners) listener(queue, delay)
+    for (const listener of listeners) listener.onDue(queue, delay)
     if (delay > horizon) return
     const known = dirty.get(queue)
     if (known === undefined || delay < known) dirty.set(queue, delay)
@@ -84,8 +89,8 @@ export const make = Effect.fnUntraced(function*(db: Database.Database, schema: s
     // Anybody may NOTIFY: whatever does not parse means no more than "look".
     const found = /^(\d{1,7}) (.+)$/s.exec(payload)
     for (const listener of listeners) {
-      if (found === null) listener(undefined, 0)
-      else listener(found[2], Number(found[1]))
+      if (found === null) listener.onDue(undefined, 0)
+      else listener.onDue(found[2], Number(found[1]))
     }
   }
 
@@ -94,12 +99,19 @@ export const make = Effect.fnUntraced(function*(db: Database.Database, schema: s
     channel,
     // Whatever was announced while nobody listened is found by looking, after LISTEN is confirmed and not before.
     onReady: () => {
-      for (const listener of listeners) listener(undefined, 0)
+      for (const listener of listeners) listener.onDue(undefined, 0)
     },
     onNotification: (notification) => {
       if (notification.processId !== ownProcess) hear(notification.payload)
     }
-  }).pipe(forever("listener"))
+  }).pipe(
+    Effect.tapCause(() =>
+      Effect.sync(() => {
+        for (const listener of listeners) listener.onLost()
+      })
+    ),
+    forever("listener")
+  )
 
   const wakeup: Wakeup = {
     mark,

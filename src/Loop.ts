@@ -1,0 +1,372 @@
+/**
+ * The loop of a worker: claim, buffer, run, settle; and how it stops.
+ *
+ * @since 0.1.0
+ */
+import * as Cause from "effect/Cause"
+import * as Clock from "effect/Clock"
+import type * as Context from "effect/Context"
+import { SecureRandom } from "effect/crypto"
+import * as Deferred from "effect/Deferred"
+import * as Effect from "effect/Effect"
+import * as Latch from "effect/Latch"
+import type * as Database from "./Database.ts"
+import type * as Job from "./Job.ts"
+import * as Line from "./Line.ts"
+import * as Liveness from "./Liveness.ts"
+import * as Maintenance from "./Maintenance.ts"
+import type * as Router from "./Router.ts"
+import * as Run from "./Run.ts"
+import * as Settler from "./Settler.ts"
+import * as Store from "./Store.ts"
+import * as Timekeeper from "./Timekeeper.ts"
+import * as Wakeup from "./Wakeup.ts"
+
+/**
+ * A running loop.
+ */
+export interface Loop {
+  /** Stops as promised, inside the grace period and 5 s. */
+  readonly drain: Effect.Effect<void>
+  /** Waits until nothing is due and nothing runs. */
+  readonly idle: Effect.Effect<void>
+  readonly counts: () => { readonly completed: number; readonly failed: number }
+}
+
+/** A lease this process knows of: `confirmed` when the answer to its claim has arrived. */
+interface Lease {
+  confirmed: boolean
+  readonly jobs: Map<string, Run.Running>
+}
+
+/** A claim on a dead link never answers; after this the lease counts as unknown and is handed back when found. */
+const claimBound = 15_000
+
+/**
+ * Starts the loop in the current scope.
+ */
+export const start = Effect.fnUntraced(function*(options: {
+  readonly database: Database.Database
+  readonly store: Store.Store
+  readonly wakeup: Wakeup.Wakeup
+  readonly router: Router.Router
+  readonly context: Context.Context<never>
+  readonly middleware: ReadonlyArray<Job.Middleware>
+  readonly name: string
+  readonly queues: ReadonlyArray<readonly [name: string, concurrency: number]>
+  /** These five in milliseconds. */
+  readonly gracePeriod: number
+  readonly pollInterval: number
+  readonly heartbeat: number
+  readonly lease: number
+  readonly rescueInterval: number
+  /** Start at most this many jobs, and do not listen: the loop is to end by itself. */
+  readonly limit: number | undefined
+}) {
+  const { router, store, wakeup } = options
+  const clock = yield* Clock.Clock
+  const now = () => Run.monotonic(clock)
+  const run = Run.make(options)
+  const runFork = Effect.runForkWith(options.context)
+
+  const lines = options.queues.map(([name, concurrency]) => Line.make(name, concurrency, now()))
+  const lineOf = new Map(lines.map((line) => [line.queue, line]))
+  const signals = new Map(lines.map((line) => [line.queue, Latch.makeUnsafe(true)]))
+  const signal = (queue: string): void => void signals.get(queue)?.openUnsafe()
+  const signalAll = (): void => signals.forEach((latch) => latch.openUnsafe())
+
+  const leases = new Map<string, Lease>()
+  /** Handlers that have started and not ended, of whatever lease. */
+  const runs = new Set<Run.Running>()
+  const counts = { completed: 0, failed: 0 }
+  let stopping = false
+  let suspects = 0
+  let claiming = 0
+  let startable = options.limit ?? Infinity
+
+  const settler = Settler.make({
+    store,
+    worker: () => liveness.id(),
+    onDoubt: () => liveness.doubt(),
+    onRelief: signalAll,
+    onSettled: (entry, answer) => {
+      const lease = leases.get(entry.lease)
+      const running = lease?.jobs.get(entry.id)
+      lease?.jobs.delete(entry.id)
+      if (lease?.jobs.size === 0) leases.delete(entry.lease)
+      // Back in line: this process and the others know when to look.
+      if (answer?.state === "done" && answer.status === null && running !== undefined) {
+        wakeup.mark(running.queue, entry.delay ?? 0)
+      }
+    }
+  })
+
+  const liveness: Liveness.Liveness = yield* Liveness.make({
+    database: options.database,
+    store,
+    worker: {
+      name: options.name,
+      queues: lines.map((line) => line.queue),
+      kinds: router.kinds,
+      prefixes: router.prefixes
+    },
+    lease: options.lease,
+    beat: options.heartbeat,
+    leases: () => leases,
+    onLost: (gone) => {
+      for (const id of gone ?? [...leases.keys()]) {
+        for (const running of leases.get(id)?.jobs.values() ?? []) interrupt(running, "lost")
+        if (gone !== undefined) leases.delete(id)
+      }
+    },
+    onCancelled: (ids) => {
+      for (const lease of leases.values()) {
+        for (const id of ids) {
+          const running = lease.jobs.get(id)
+          if (running !== undefined) interrupt(running, "cancelled")
+        }
+      }
+    },
+    onAlive: () => {
+      lines.forEach(fill)
+      signalAll()
+    }
+  })
+
+  // ---------------------------------------------------------------------------
+  // Run
+  // ---------------------------------------------------------------------------
+
+  const isSuspect = (running: Run.Running) => running.row.lane >= Store.suspectLane
+
+  const handBack = (running: Run.Running): void => {
+    if (isSuspect(running)) suspects--
+    running.entry = Run.entryOf(running, "released")
+    settler.push(running.entry)
+  }
+
+  const handBackBuffer = (line: Line.Line): void => line.buffer.splice(0).forEach(handBack)
+
+  /** Tells a handler to stop; a job that has not started goes back. */
+  const interrupt = (running: Run.Running, why: Run.Running["interruption"]): void => {
+    if (running.entry !== undefined) return
+    if (running.fiber !== undefined) {
+      running.interruption ??= why
+      running.fiber.interruptUnsafe()
+      return
+    }
+    const buffer = lineOf.get(running.queue)!.buffer
+    const index = buffer.indexOf(running)
+    if (index >= 0) buffer.splice(index, 1)
+    handBack(running)
+  }
+
+  /** Starts what is claimed for as long as there is a free slot. */
+  const fill = (line: Line.Line): void => {
+    while (line.running < line.concurrency && line.buffer.length > 0 && liveness.alive() && !stopping) {
+      launch(line, line.buffer.shift()!)
+    }
+  }
+
+  const launch = (line: Line.Line, running: Run.Running): void => {
+    Line.started(line, now())
+    runs.add(running)
+    // A route that was there when the job was claimed is there now.
+    const handling = router.find(running.row.kind!)!
+    running.fiber = runFork(run(running, handling), { uninterruptible: true })
+    running.fiber.addObserver(() => {
+      runs.delete(running)
+      Line.ended(line, now())
+      if (isSuspect(running)) suspects--
+      const entry = running.entry ??= {
+        ...Run.entryOf(running, "failed"),
+        delay: 60_000,
+        failure: { tag: "Defect", message: "the run left no outcome", error: undefined }
+      }
+      if (entry.verb === "completed") counts.completed++
+      else if (entry.verb === "failed" || entry.verb === "discarded") counts.failed++
+      settler.push(entry)
+      fill(line)
+      signal(line.queue)
+    })
+  }
+
+  // ---------------------------------------------------------------------------
+  // Claim
+  // ---------------------------------------------------------------------------
+
+  const claimHere = Effect.fnUntraced(function*(line: Line.Line, limit: number) {
+    const id = SecureRandom.uuidV7Unsafe()
+    const worker = liveness.id()
+    const lease: Lease = { confirmed: false, jobs: new Map() }
+    const startedAt = now()
+    const sweep = Line.sweeps(line, startedAt)
+    leases.set(id, lease)
+    const rows = yield* Wakeup.bounded(
+      store.claim({
+        worker,
+        lease: id,
+        queue: line.queue,
+        // At most one suspect runs in a process: a job that kills its worker must not take a whole lease along.
+        lanes: Line.lanes(line, sweep, suspects === 0),
+        kinds: router.kinds,
+        prefixes: router.prefixes,
+        limit
+      }),
+      claimBound
+    ).pipe(Effect.tapCause(() =>
+      Effect.sync(() => {
+        // Whether it took effect is unknown: if it did, the next comparison finds a lease that nobody knows.
+        leases.delete(id)
+        liveness.doubt()
+      })
+    ))
+    const claimedAt = now()
+    Line.claimed(line, rows, { sweep, startedAt, now: claimedAt })
+    if (rows.length === 0) leases.delete(id)
+    lease.confirmed = true
+    const jobs = rows.map((row): Run.Running => ({
+      row,
+      lease: id,
+      queue: line.queue,
+      claimedAt,
+      fiber: undefined,
+      interruption: undefined,
+      entry: undefined
+    }))
+    for (const running of jobs) {
+      lease.jobs.set(running.row.id, running)
+      if (isSuspect(running)) suspects++
+      // Told to stop, or declared dead, meanwhile; a job whose row is gone; one suspect too many: back, unburnt.
+      const unwanted = stopping || worker !== liveness.id() || running.row.kind === null ||
+        (isSuspect(running) && suspects > 1)
+      if (unwanted) handBack(running)
+      else startable--
+    }
+    Line.add(line, jobs.filter((running) => running.entry === undefined))
+    fill(line)
+    return { taken: rows.length, sweep }
+  })
+
+  /**
+   * One claim. It runs to its end in a fiber of its own: the rows of a claim that nobody waited for would be lost, and a
+   * shutdown must not wait for one on a dead link.
+   */
+  const claim = Effect.fnUntraced(function*(line: Line.Line, limit: number) {
+    const result = Deferred.makeUnsafe<{ readonly taken: number; readonly sweep: boolean }, unknown>()
+    claiming++
+    yield* Effect.forkDetach(
+      Effect.onExit(claimHere(line, limit), (exit) => {
+        claiming--
+        return Deferred.done(result, exit)
+      }),
+      { startImmediately: true, uninterruptible: true }
+    )
+    return yield* Deferred.await(result)
+  })
+
+  /** Claims for one queue whenever there is room and something may be due. */
+  const pull = (line: Line.Line) =>
+    Effect.gen(function*() {
+      const latch = signals.get(line.queue)!
+      yield* latch.await
+      latch.closeUnsafe()
+      while (!stopping && liveness.alive() && !settler.full() && startable > 0) {
+        const room = Math.min(Line.wanted(line, now()), startable)
+        if (room === 0) return
+        timekeeper.busy(line.queue)
+        const { sweep, taken } = yield* claim(line, room)
+        if (taken === room) continue
+        // Short from the cursor: something may stand behind it, so look from the front as soon as that is affordable.
+        if (sweep) timekeeper.ranDry(line.queue)
+        else timekeeper.due(line.queue, 20)
+        return
+      }
+    }).pipe(
+      Effect.catchCause((cause) => {
+        timekeeper.due(line.queue, 200)
+        return Effect.logDebug(`effect-pgqueue: a claim on "${line.queue}" did not go through`, Cause.pretty(cause))
+      }),
+      Effect.forever
+    )
+
+  const timekeeper = yield* Timekeeper.make({
+    store,
+    lines,
+    pollInterval: options.pollInterval,
+    onDue: signal,
+    onTick: (at) => {
+      for (const line of lines) if (Line.stuck(line, at)) handBackBuffer(line)
+      return Math.min(...lines.map((line) => Line.stuckAt(line)))
+    }
+  })
+  yield* wakeup.subscribe({ onDue: timekeeper.due, onLost: liveness.doubt })
+
+  // ---------------------------------------------------------------------------
+  // Start and stop
+  // ---------------------------------------------------------------------------
+
+  const scope = yield* Effect.scope
+  // Without spans: a stream of claims and beats that never ends belongs to nobody's trace.
+  const fork = <A, E>(loop: Effect.Effect<A, E>) => Effect.forkIn(Effect.withTracerEnabled(loop, false), scope)
+  yield* fork(settler.run)
+  yield* fork(liveness.run)
+  if (options.limit === undefined) yield* fork(wakeup.listen)
+  yield* fork(timekeeper.run)
+  for (const line of lines) yield* fork(pull(line))
+  yield* fork(
+    Maintenance.sweep({
+      store,
+      wakeup,
+      interval: options.rescueInterval,
+      allowed: () => !stopping && liveness.settled()
+    })
+  )
+
+  /** Waits until no handler runs, or the time is over. */
+  const quiet = (millis: number) =>
+    Effect.suspend(() => {
+      const done = Deferred.makeUnsafe<void>()
+      const check = () => {
+        if (runs.size === 0) Deferred.doneUnsafe(done, Effect.void)
+      }
+      for (const running of runs) running.fiber!.addObserver(check)
+      check()
+      return Effect.ignore(Wakeup.bounded(Deferred.await(done), millis))
+    })
+
+  const claimsAnswered = Effect.gen(function*() {
+    while (claiming > 0) yield* Effect.sleep(5)
+  })
+
+  const drain = Effect.gen(function*() {
+    stopping = true
+    const begun = now()
+    const left = () => Math.max(200, options.gracePeriod + 3000 - (now() - begun))
+    lines.forEach(handBackBuffer)
+    yield* quiet(options.gracePeriod)
+    for (const running of runs) interrupt(running, "shutdown")
+    yield* quiet(1500)
+    yield* Effect.ignore(Wakeup.bounded(Effect.andThen(claimsAnswered, settler.drained), left()))
+    // A handler that does not stop keeps its lease until the others see that this process is gone.
+    const kept = runs.size + settler.size()
+    if (kept > 0) {
+      yield* Effect.logWarning(
+        `effect-pgqueue: ${runs.size} handlers did not stop, ${settler.size()} jobs could not be settled; they are rescued after the lease time`
+      )
+    } else {
+      yield* Effect.ignoreCause(Wakeup.bounded(store.unregister(liveness.id()), Math.min(1000, left())))
+    }
+  })
+
+  const loop: Loop = {
+    drain,
+    idle: Effect.gen(function*() {
+      const ended = () =>
+        leases.size === 0 && settler.size() === 0 && (startable <= 0 || (timekeeper.allDry() && liveness.alive()))
+      while (!ended()) yield* Effect.sleep(5)
+    }),
+    counts: () => ({ ...counts })
+  }
+  return loop
+})

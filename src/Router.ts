@@ -1,0 +1,43 @@
+/**
+ * Which handler a kind goes to: an exact kind wins over a family, the longest prefix among families.
+ *
+ * @since 0.1.0
+ */
+import type * as Context from "effect/Context"
+import type * as Job from "./Job.ts"
+import * as Run from "./Run.ts"
+
+/**
+ * The handlers of one worker.
+ */
+export interface Router {
+  /** The kinds with a handler of their own, aliases included. */
+  readonly kinds: ReadonlyArray<string>
+  /** The prefixes of the families, longest first. */
+  readonly prefixes: ReadonlyArray<string>
+  readonly find: (kind: string) => Run.Handling | undefined
+}
+
+/**
+ * Reads the handlers of the listed jobs from the context that the worker's layer was given.
+ */
+export const make = (jobs: ReadonlyArray<Job.Any>, context: Context.Context<never>): Router => {
+  const exact = new Map<string, Run.Handling>()
+  const families: Array<{ readonly prefix: string; readonly handling: Run.Handling }> = []
+  for (const job of jobs) {
+    const { definition } = job["~effect-pgqueue/Job"]
+    // Sound: the layer's type requires this very key for every listed job.
+    const registered = context.mapUnsafe.get(definition.key.key) as Job.Registered
+    const handling = Run.handling(definition, registered)
+    for (const name of [definition.name, ...definition.aliases]) {
+      if (definition.family) families.push({ prefix: name, handling })
+      else exact.set(name, handling)
+    }
+  }
+  families.sort((a, b) => b.prefix.length - a.prefix.length)
+  return {
+    kinds: [...exact.keys()],
+    prefixes: families.map(({ prefix }) => prefix),
+    find: (kind) => exact.get(kind) ?? families.find(({ prefix }) => kind.startsWith(prefix))?.handling
+  }
+}

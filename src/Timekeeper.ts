@@ -1,0 +1,125 @@
+/**
+ * When a worker looks at its queues again: at once when it is woken, when the next job it knows of is due, and by
+ * itself from time to time. Polling is the truth: one small query for all queues of the process.
+ *
+ * @since 0.1.0
+ */
+import * as Cause from "effect/Cause"
+import * as Clock from "effect/Clock"
+import * as Effect from "effect/Effect"
+import * as Latch from "effect/Latch"
+import * as Line from "./Line.ts"
+import { monotonic } from "./Run.ts"
+import type * as Store from "./Store.ts"
+import * as Wakeup from "./Wakeup.ts"
+
+/** A queue that has just run dry is looked at once more after this many milliseconds, for what is due later. */
+const settleDown = 20
+
+/** A query on a dead link never answers. */
+const lookBound = 15_000
+
+/**
+ * The timekeeper of one worker. Times are milliseconds of the monotonic clock.
+ */
+export interface Timekeeper {
+  /** Something may be due in a queue in `delay` milliseconds; in every queue when none is named. */
+  readonly due: (queue: string | undefined, delay: number) => void
+  /** The last claim of a queue, from the front, found less than it asked for. */
+  readonly ranDry: (queue: string) => void
+  /** A queue is being claimed from. */
+  readonly busy: (queue: string) => void
+  /** Whether every queue has run dry and has been looked at since. */
+  readonly allDry: () => boolean
+  /** Keeps time until it is interrupted. */
+  readonly run: Effect.Effect<never>
+}
+
+/**
+ * Makes the timekeeper of a worker.
+ */
+export const make = Effect.fnUntraced(function*(options: {
+  readonly store: Store.Store
+  readonly lines: ReadonlyArray<Line.Line>
+  /** Milliseconds. */
+  readonly pollInterval: number
+  /** A queue may have something due. */
+  readonly onDue: (queue: string) => void
+  /** A look at the clock: the time to hand back what is stuck. Returns when to call again. */
+  readonly onTick: (now: number) => number
+}) {
+  const clock = yield* Clock.Clock
+  const now = () => monotonic(clock)
+  const names = options.lines.map((line) => line.queue)
+  /** When the next job of a queue is due, as far as is known. */
+  const dueAt = new Map<string, number>()
+  /** Since when a queue is dry. */
+  const dry = new Map<string, number>()
+  let lookedAt = -Infinity
+  const poke = Latch.makeUnsafe(false)
+
+  const dueIn = (queue: string, delay: number): void => {
+    const at = now() + delay
+    if (at < (dueAt.get(queue) ?? Infinity)) {
+      dueAt.set(queue, at)
+      poke.openUnsafe()
+    }
+  }
+
+  const look = Effect.gen(function*() {
+    const at = now()
+    const polls = at - lookedAt >= options.pollInterval
+    if (!polls && ![...dry.values()].some((since) => since > lookedAt && at - since >= settleDown)) return
+    lookedAt = at
+    const looked = yield* Wakeup.bounded(options.store.look(names, Line.everyLane), lookBound)
+    for (const { due, queue, wait } of looked) {
+      if (wait !== null) dueIn(queue, Math.max(0, wait))
+      // What is due in a queue that has just run dry is not for this worker: claiming again would be a busy loop.
+      if (due && polls) options.onDue(queue)
+    }
+  })
+
+  const tick = Effect.gen(function*() {
+    const at = now()
+    for (const [queue, due] of dueAt) {
+      if (due <= at) {
+        dueAt.delete(queue)
+        options.onDue(queue)
+      }
+    }
+    yield* look
+    poke.closeUnsafe()
+    const next = Math.min(
+      options.onTick(now()),
+      lookedAt + options.pollInterval,
+      ...dueAt.values(),
+      ...[...dry.values()].filter((since) => since > lookedAt).map((since) => since + settleDown)
+    )
+    yield* Effect.timeoutOption(poke.await, Math.max(1, Math.ceil(next - now())))
+  })
+
+  const timekeeper: Timekeeper = {
+    due: (queue, delay) => {
+      for (const name of queue === undefined ? names : [queue]) {
+        if (delay > 0) dueIn(name, delay)
+        else options.onDue(name)
+      }
+    },
+    ranDry: (queue) => {
+      dry.set(queue, now())
+      poke.openUnsafe()
+    },
+    busy: (queue) => void dry.delete(queue),
+    allDry: () => dry.size === names.length && lookedAt > Math.max(...dry.values()),
+    run: tick.pipe(
+      Effect.catchCause((cause) =>
+        Effect.andThen(
+          Effect.logDebug("effect-pgqueue: a look did not go through", Cause.pretty(cause)),
+          Effect.sleep("200 millis")
+        )
+      ),
+      Effect.forever
+    )
+  }
+  return timekeeper
+})
