@@ -344,4 +344,36 @@ layer(Storage.layer, { excludeTestServices: true })("claim", (it) => {
       assert.isFalse((yield* look).find((row) => row.queue === "default")?.due)
     }))
   )
+
+  it.effect(
+    "stats count every job once, by where it is",
+    rule(Effect.gen(function*() {
+      const { store } = yield* Storage
+      yield* store.insert([...jobs(6), job({ delay: 60_000 }), job({ kind: "other", queue: "far" })], false)
+      const me = yield* worker()
+      const { ids, lease } = yield* claim(me, { limit: 5 })
+      yield* store.settle(me, [
+        entry(lease, ids[0]!, "completed"),
+        entry(lease, ids[1]!, "cancelled"),
+        entry(lease, ids[2]!, "discarded"),
+        entry(lease, ids[3]!, "failed", { delay: 60_000, failure })
+      ])
+      const [far, near] = (yield* store.stats()).toSorted((a, b) => b.queue.localeCompare(a.queue))
+      const { lag, ...counts } = near!
+      assert.deepStrictEqual(counts, {
+        queue: "default",
+        kind: "k",
+        available: 1,
+        scheduled: 1,
+        retryable: 1,
+        running: 1,
+        completed: 1,
+        cancelled: 1,
+        discarded: 1,
+        handled: true
+      })
+      assert.isTrue(lag > 0 && lag < 60_000)
+      assert.deepInclude(far, { queue: "far", kind: "other", available: 1, handled: false })
+    }))
+  )
 })
