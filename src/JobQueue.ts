@@ -162,7 +162,7 @@ const make = Effect.fnUntraced(function*(options: Options) {
     )
 
   const succeed = (waiting: Waiting, enqueued: Enqueued) => {
-    if (enqueued.status === "inserted") wakeup.mark(waiting.job.queue, delayOf(waiting.job))
+    if (enqueued.status !== "existing") wakeup.mark(waiting.job.queue, delayOf(waiting.job))
     Deferred.doneUnsafe(waiting.result, Effect.succeed(enqueued))
   }
   const failAll = (group: ReadonlyArray<Waiting>, error: SqlError) =>
@@ -231,16 +231,22 @@ const make = Effect.fnUntraced(function*(options: Options) {
           (yield* store.holders(losers, inUserTransaction)).map((holder) => [holder.id, holder] as const)
         )
         const expired: Array<Store.NewJob> = []
-        open = losers.filter((job) => {
+        const again: Array<Store.NewJob> = []
+        for (const job of losers) {
           const holder = holders.get(job.id)
-          if (holder === undefined) return true
+          if (holder === undefined) again.push(job)
+          else if (holder.expired) expired.push(job)
           // A replay: the key is held by this very job.
-          if (holder.holder === job.id) done.set(job.id, enqueuedAs(job, true))
-          else if (!holder.expired) done.set(job.id, { id: holder.holder as JobId, status: "existing" })
-          else expired.push(job)
-          return holder.expired && holder.holder !== job.id
-        })
+          else if (holder.holder === job.id) done.set(job.id, enqueuedAs(job, true))
+          else {
+            const replaced = job.unique!.onConflict !== "keep" &&
+              (yield* store.replace(holder.holder, job, inUserTransaction))
+            // Sound: the holder of a key is a job of this queue.
+            done.set(job.id, { id: holder.holder as JobId, status: replaced ? "replaced" : "existing" })
+          }
+        }
         if (expired.length > 0) yield* store.expireKeys(expired, inUserTransaction)
+        open = [...again, ...expired]
       }
       return jobs.map((job) => done.get(job.id)!)
     })
@@ -278,7 +284,7 @@ const make = Effect.fnUntraced(function*(options: Options) {
       }
       const due = new Map<string, number>()
       for (const job of jobs) {
-        if (enqueued.get(job.id)!.status === "inserted") {
+        if (enqueued.get(job.id)!.status !== "existing") {
           due.set(job.queue, Math.min(due.get(job.queue) ?? Infinity, delayOf(job)))
         }
       }

@@ -231,6 +231,30 @@ export const make = (db: Database.Database, schema: string) => {
     left join lateral (select * from ${s}.unique_key k where k.key = ${s}.hash_key(i.kind, i.key) offset 0) k on true
     where own.id is not null or k.job is not null`
 
+  // Only a holder that stands in line: the line entry is deleted first, and who runs has none. The job's row is locked
+  // before, and skipped when somebody else has it. `debounce` takes the new due time, `replace` keeps the old one.
+  const replaceText = `with held as materialized (
+      select j.id, j.queue, j.priority, j.run_at, j.attempt, case when j.rescued >= 2 then 100 else 0 end as suspect
+      from ${s}.job j where j.id = $1::uuid for update skip locked
+    ), gone as (
+      delete from ${s}.ready r using held h
+      where r.queue = h.queue and r.lane = any (array[h.priority + h.suspect, 200 + h.priority]) and r.run_at = h.run_at and r.id = h.id
+      returning r.id
+    ), changed as (
+      update ${s}.job j set kind = $2::text, queue = $3::text, priority = $4::int2, max_attempts = $5::int4, timeout_ms = $6::int8,
+        payload = $7::json, metadata = $8::json, trace = nullif($9::text, ''),
+        run_at = case when $10::text = 'replace' then j.run_at else due.at end
+      from gone, held h, (select greatest(clock_timestamp(),
+          case when $12::text = '' then clock_timestamp() + $11::float8 * interval '1 millisecond'
+          else timestamptz 'epoch' + $12::float8 * interval '1 millisecond' end) as at) due
+      where j.id = $1::uuid and h.id = j.id
+      returning j.id, j.kind, j.queue, j.priority + h.suspect as lane, j.run_at, j.attempt
+    ), line as (
+      insert into ${s}.ready (queue, lane, run_at, id, kind, attempt)
+      select queue, lane, run_at, id, kind, attempt from changed on conflict do nothing
+    )
+    select count(*)::int4 as count from changed`
+
   // The condition on the time is opaque: the planner would rather walk the index of all keys with a period.
   const expireText = `delete from ${s}.unique_key where key = any (array(
       select k.key from (select distinct ${s}.hash_key(i.kind, i.key) as key from unnest($1::text[], $2::text[]) as i(kind, key)) i
@@ -367,6 +391,28 @@ export const make = (db: Database.Database, schema: string) => {
         jobs.map((job) => job.kind),
         jobs.map((job) => job.unique!.key)
       ]),
+
+    /**
+     * Gives a waiting holder of a key the payload and options of a new job; `false` when it does not stand in line.
+     */
+    replace: (holder: string, job: NewJob, inUserTransaction: boolean): Effect.Effect<boolean, SqlError> =>
+      Effect.map(
+        run(inUserTransaction, replaceText, [
+          holder,
+          job.kind,
+          job.queue,
+          job.priority,
+          job.maxAttempts,
+          job.timeout ?? null,
+          job.payload,
+          job.metadata,
+          job.trace ?? "",
+          job.unique!.onConflict,
+          String(job.delay),
+          job.runAt === undefined ? "" : String(job.runAt)
+        ]),
+        (rows) => rows[0]!.count === 1
+      ),
 
     /**
      * Removes those keys of these jobs whose period is over.
