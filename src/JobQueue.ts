@@ -308,7 +308,8 @@ const make = Effect.fnUntraced(function*(options: Options) {
       Effect.flatMap(resolve, (jobs) =>
         Effect.flatMap(inTransaction(() => jobs[0]?.kind ?? ""), (here) => {
           if (jobs.length === 0) return Effect.succeed([])
-          if (here || database.own === database.app) return client.withTransaction(insertHere(jobs))
+          // A savepoint of the caller's transaction.
+          if (here) return client.withTransaction(insertHere(jobs))
           return client.withTransaction(insertHere(jobs)).pipe(
             Effect.provideService(SqlClient.BeginTransaction, "BEGIN ISOLATION LEVEL READ COMMITTED"),
             Database.typedTransaction,

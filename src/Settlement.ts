@@ -138,7 +138,7 @@ export const statements = (s: string) => {
         rescued as next_rescued, snoozed + case when verb = 'snoozed' then 1 else 0 end as next_snoozed,
         case when verb = 'released' or delay_ms = '' then run_at else c.now + delay_ms::float8 * interval '1 millisecond' end as next_run_at,
         verb <> 'released' as changed,
-        case when verb in ('cancelled', 'discarded') then nullif(reason, '') else cancel_reason end as end_reason,
+        case when verb in ('cancelled', 'discarded') then coalesce(nullif(reason, ''), cancel_reason) else cancel_reason end as end_reason,
         nullif(result, '')::json as end_result,
         case when tag <> '' then json_build_object('tag', tag, 'message', nullif(message, ''), 'error', nullif(error, '')::json) end as failure
       from (select clock_timestamp() as now) c, locked l where not key_busy

@@ -266,7 +266,8 @@ export const make = (db: Database.Database, schema: string) => {
   // One probe per lane, each with its own limit, in lane order and only as far as needed: future jobs and lower
   // priorities cost nothing. Gated on the worker's own row in front of everything (`me`), so that a process declared
   // dead takes nothing. The kind filter is opaque (`case`), because no plan may be built around how rare a kind looks.
-  // Losing the commit in a server crash only puts the jobs back in line, so it does not wait for the disk.
+  // Losing the commit in a server crash only puts the jobs back in line, so it does not wait for the disk. A key that
+  // somebody has locked is not waited for: it is released when the job has ended.
   const claimText = `with me as materialized (
       select $4::int2[] as lanes from ${s}.worker w
       where w.id = $1::uuid and set_config('synchronous_commit', 'off', true) is not null
@@ -288,20 +289,25 @@ export const make = (db: Database.Database, schema: string) => {
     ), held as (
       insert into ${s}.lease (id, worker, ids)
       select $2::uuid, $1::uuid, array_agg(id) from picked having count(*) > 0
+    ), jobs as materialized (
+      select p.lane, p.run_at as due, p.id as picked, j.* from picked p
+      left join lateral (select * from ${s}.job j where j.id = p.id offset 0) j on true
+    ), freed as (
+      delete from ${s}.unique_key where key = any (array(
+        select u.key from jobs j cross join lateral (
+          select u.key from ${s}.unique_key u
+          where u.key = j.unique_key and u.job = j.id and u.until = 'started' and u.expires_at is null for update skip locked
+        ) u where j.unique_key is not null))
     )
-    select p.id::text as id, p.lane, ${micros("p.run_at")} as run_at, j.kind, j.priority, j.attempt, j.max_attempts,
-      j.rescued, j.timeout_ms::float8 as timeout_ms, j.trace, j.metadata::text as metadata, ${
-    millis("j.enqueued_at")
-  } as enqueued_at,
-      ${millis("j.scheduled_for")} as scheduled_for, ${
-    millis("clock_timestamp()")
-  } as claimed_at, j.payload::text as payload,
-      case when j.attempt > 0 or j.rescued > 0 then (
-        select json_agg(json_build_object('n', a.n, 'tag', a.tag, 'message', a.message, 'error', a.error, 'at', ${
-    millis("a.ended_at")
-  }) order by a.id)
-        from ${s}.attempt a where a.job = p.id)::text end as history
-    from picked p left join lateral (select * from ${s}.job j where j.id = p.id offset 0) j on true`
+    select picked::text as id, lane, ${micros("due")} as run_at, kind, priority, attempt, max_attempts,
+      rescued, timeout_ms::float8 as timeout_ms, trace, metadata::text as metadata,
+      ${millis("enqueued_at")} as enqueued_at, ${millis("scheduled_for")} as scheduled_for,
+      ${millis("clock_timestamp()")} as claimed_at, payload::text as payload,
+      case when attempt > 0 or rescued > 0 then (
+        select json_agg(json_build_object('n', a.n, 'tag', a.tag, 'message', a.message, 'error', a.error,
+          'at', ${millis("a.ended_at")}) order by a.id)
+        from ${s}.attempt a where a.job = picked)::text end as history
+    from jobs`
 
   const beatText = `with beat as (
       update ${s}.worker set beat_at = clock_timestamp() where id = $1::uuid returning id
