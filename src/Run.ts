@@ -13,8 +13,9 @@ import * as Option from "effect/Option"
 import * as References from "effect/References"
 import * as Schema from "effect/Schema"
 import * as Tracer from "effect/Tracer"
+import * as Current from "./Current.ts"
 import { jsonText } from "./Enqueue.ts"
-import * as Job from "./Job.ts"
+import type * as Job from "./Job.ts"
 import { maxPayloadBytes } from "./Migrations.ts"
 import * as Outcome from "./Outcome.ts"
 import * as RetryPolicy from "./RetryPolicy.ts"
@@ -92,7 +93,7 @@ export const make = (options: {
       const history = yield* historyOf(running.row, handling)
       const info = infoOf(running, history)
       const exit = yield* Effect.exit(Effect.interruptible(body(running, handling, info, options.middleware)))
-      const outcome = conclude(exit, Job.intentOf(info), running)
+      const outcome = conclude(exit, Current.intentOf(info), running)
       running.entry = yield* settlement(outcome, running, handling, history, monotonic(clock) - startedAt)
       // What middleware needs, the worker's layer required; what the handler and its codecs need, the handler's did.
     }).pipe(Effect.provideContext(context))
@@ -126,7 +127,7 @@ const body = (
         captureStackTrace: false
       })
     ),
-    Effect.provideService(Job.Current, info),
+    Effect.provideService(Current.Current, info),
     Effect.updateService(References.CurrentLogAnnotations, (annotations) => ({
       ...annotations,
       "job.id": info.id,

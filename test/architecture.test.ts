@@ -92,7 +92,7 @@ const sqlFiles = ["Store.ts", "Settlement.ts", "Migrations.ts"]
 /** Runs the texts of the others, holds none. */
 const sqlRunner = "Database.ts"
 const pureFiles = ["Outcome.ts", "RetryPolicy.ts"]
-const producers = ["Job.ts", "JobQueue.ts"]
+const producers = ["Job.ts", "JobQueue.ts", "Enqueue.ts"]
 
 const statement = new RegExp(
   [
