@@ -1,0 +1,62 @@
+/** One worker process of the demo. `main.ts` starts two of them. */
+import { NodeRuntime } from "@effect/platform-node"
+import { PgClient } from "@effect/sql-pg"
+import { Config, Effect, Layer, Random } from "effect"
+import { Job, JobQueue, Worker } from "../../src/index.ts"
+import * as jobs from "./jobs.ts"
+import { Ledger } from "./ledger.ts"
+
+/** Handlers sleep where a real one would wait for a server. */
+const work = Effect.fnUntraced(function*(from: number, to: number) {
+  const { started } = yield* Ledger
+  yield* started
+  yield* Effect.sleep(yield* Random.nextIntBetween(from, to))
+})
+
+const Handlers = Layer.mergeAll(
+  jobs.ConfirmOrder.toLayer(() => work(5, 15)),
+  jobs.SendEmail.toLayer(() => work(20, 40)),
+  jobs.ResizeImage.toLayer(() => work(60, 120)),
+  jobs.SendReminder.toLayer(() => work(5, 15)),
+  jobs.DeliverWebhook.toLayer(
+    Effect.fn("DeliverWebhook")(function*({ url }) {
+      yield* work(10, 30)
+      const { attempt } = yield* Job.Current
+      if (attempt < 3) return yield* new jobs.Unreachable({ url })
+    })
+  ),
+  jobs.PrintInvoice.toLayer(({ invoice }) =>
+    Effect.andThen(work(5, 15), Effect.die(new Error(`no printer for invoice ${invoice}`)))
+  ),
+  jobs.Ping.toLayer(() => Effect.flatMap(Ledger, ({ started }) => started))
+)
+
+// #region main
+const PgLive = PgClient.layerConfig({ url: Config.Redacted("DATABASE_URL") })
+const QueueLive = JobQueue.layer({ schema: jobs.schema, migrate: false }).pipe(Layer.provideMerge(PgLive))
+
+const Main = Worker.layer({
+  jobs: [
+    jobs.ConfirmOrder,
+    jobs.SendEmail,
+    jobs.ResizeImage,
+    jobs.SendReminder,
+    jobs.DeliverWebhook,
+    jobs.PrintInvoice,
+    jobs.Ping
+  ],
+  queues: { default: { concurrency: 20 }, mail: { concurrency: 10 }, pings: { concurrency: 50 } },
+  gracePeriod: "5 seconds"
+}).pipe(
+  Layer.provide(Handlers),
+  Layer.provide(Ledger.layer),
+  Layer.provide(QueueLive)
+)
+// #endregion
+
+/** The parent holds the other end of stdin; when the parent is gone, however it ended, stdin is closed. */
+const parentGone = Effect.callback<void>((resume) => {
+  process.stdin.resume().once("close", () => resume(Effect.void))
+})
+
+NodeRuntime.runMain(Effect.raceFirst(Layer.launch(Main), parentGone), { teardown: Worker.teardown })
