@@ -10,9 +10,10 @@ import * as Deferred from "effect/Deferred"
 import * as Effect from "effect/Effect"
 import * as Layer from "effect/Layer"
 import * as Schedule from "effect/Schedule"
-import * as Scope from "effect/Scope"
+import type * as Scope from "effect/Scope"
 import * as SqlClient from "effect/sql/SqlClient"
 import type { SqlError } from "effect/sql/SqlError"
+import * as Bounded from "./Bounded.ts"
 import * as Database from "./Database.ts"
 import { EnqueueError, type JobId } from "./Enqueue.ts"
 import * as Migrations from "./Migrations.ts"
@@ -123,7 +124,7 @@ const make = Effect.fnUntraced(function*(options: Options) {
     })
   }
   const client = yield* SqlClient.SqlClient
-  const database = yield* ownScope(Database.make(client, { maxConnections: options.maxConnections ?? 5 }))
+  const database = yield* Bounded.open(Database.make(client, { maxConnections: options.maxConnections ?? 5 }))
   const store = Store.make(database, schema)
 
   const prepare = Effect.gen(function*() {
@@ -139,7 +140,7 @@ const make = Effect.fnUntraced(function*(options: Options) {
     ),
     Effect.retry({ while: Database.isTransient, schedule: Database.backoff })
   )
-  const wakeup = yield* ownScope(Wakeup.make(database, schema))
+  const wakeup = yield* Bounded.open(Wakeup.make(database, schema))
   const mode = database.connect === undefined ? "poll" : "listen"
   yield* Effect.logDebug(`effect-pgqueue: schema "${schema}", ${mode === "listen" ? "LISTEN/NOTIFY" : "polling only"}`)
 
@@ -152,7 +153,7 @@ const make = Effect.fnUntraced(function*(options: Options) {
     readonly job: Store.NewJob
     readonly result: Deferred.Deferred<Enqueued, SqlError>
   }
-  const scope = yield* Effect.scope
+  const scope = yield* Bounded.open(Effect.scope)
   const context = yield* Effect.context<SqlClient.SqlClient | Scope.Scope>()
   // In the layer's context, not in that of whichever caller happened to be first.
   const forkSender = (sender: Effect.Effect<void>) =>
@@ -390,16 +391,3 @@ const enqueuedAs = (job: Store.NewJob, inserted: boolean): Enqueued => ({
 
 /** How far away a job is; an instant is compared with nothing here, the worker looks at the database's clock. */
 const delayOf = (job: Store.NewJob): number => job.runAt === undefined ? job.delay : 0
-
-/**
- * Opens something in a scope that is closed with the layer's, but not waited for longer than a second: a pool waits for
- * every borrowed connection without limit, and a statement on a dead link never gives its connection back.
- */
-const ownScope = <A, E, R>(self: Effect.Effect<A, E, R | Scope.Scope>): Effect.Effect<A, E, R | Scope.Scope> =>
-  Effect.gen(function*() {
-    const scope = yield* Effect.acquireRelease(
-      Scope.make(),
-      (scope, exit) => Effect.ignoreCause(Wakeup.bounded(Scope.close(scope, exit), 1000))
-    )
-    return yield* Scope.provide(self, scope)
-  })

@@ -11,10 +11,10 @@ import * as Effect from "effect/Effect"
 import * as Latch from "effect/Latch"
 import type * as Scope from "effect/Scope"
 import type { SqlError } from "effect/sql/SqlError"
+import * as Bounded from "./Bounded.ts"
 import * as Database from "./Database.ts"
 import { monotonic } from "./Run.ts"
 import * as Store from "./Store.ts"
-import * as Wakeup from "./Wakeup.ts"
 
 /**
  * The life of one worker as the database sees it.
@@ -81,7 +81,7 @@ export const make = Effect.fnUntraced(function*(options: {
 
   const register = Effect.gen(function*() {
     if (registered) return
-    yield* Wakeup.bounded(options.store.register({ ...options.worker, id, lease: options.lease }), options.lease / 3)
+    yield* Bounded.bounded(options.store.register({ ...options.worker, id, lease: options.lease }), options.lease / 3)
     registered = true
   })
 
@@ -92,7 +92,7 @@ export const make = Effect.fnUntraced(function*(options: {
     const sent = now()
     // Judged are only leases whose claim was answered before the comparison was sent.
     const confirmed = [...options.leases()].filter(([, lease]) => lease.confirmed).map(([lease]) => lease)
-    const rows = yield* Wakeup.bounded(send(options.store.beatText, [id]), options.lease / 3)
+    const rows = yield* Bounded.bounded(send(options.store.beatText, [id]), options.lease / 3)
     // Sound: the columns of `beatText`.
     const answer = Store.readBeat(rows as Parameters<typeof Store.readBeat>[0])
     if (!answer.alive) {
@@ -110,7 +110,7 @@ export const make = Effect.fnUntraced(function*(options: {
     const known = options.leases()
     const unknown = answer.leases.filter((lease) => !known.has(lease.id) && lease.age > forgotten)
     if (unknown.length > 0) {
-      yield* Wakeup.bounded(options.store.release(id, unknown.map((lease) => lease.id)), options.lease / 3)
+      yield* Bounded.bounded(options.store.release(id, unknown.map((lease) => lease.id)), options.lease / 3)
     }
     if (answer.cancelled.length > 0) options.onCancelled(answer.cancelled)
     lastBeat = sent
@@ -119,7 +119,7 @@ export const make = Effect.fnUntraced(function*(options: {
     if (alive()) options.onAlive()
   }) as (
     send: (text: string, params: ReadonlyArray<unknown>) => Effect.Effect<ReadonlyArray<unknown>, SqlError>
-  ) => Effect.Effect<void, SqlError | Wakeup.TimedOut>
+  ) => Effect.Effect<void, SqlError | Bounded.TimedOut>
 
   const pause = Effect.suspend(() => {
     kick.closeUnsafe()
@@ -135,7 +135,7 @@ export const make = Effect.fnUntraced(function*(options: {
       Effect.andThen(pause),
       Effect.forever
     )
-  const life: Effect.Effect<never, SqlError | Wakeup.TimedOut, Scope.Scope> = options.database.connect === undefined
+  const life: Effect.Effect<never, SqlError | Bounded.TimedOut, Scope.Scope> = options.database.connect === undefined
     ? beats(undefined)
     // A connection of its own: handlers and claims must not be able to hold up the beat.
     : Effect.flatMap(options.database.connect(), beats)
@@ -161,7 +161,7 @@ export const make = Effect.fnUntraced(function*(options: {
     },
     run: Effect.raceFirst(
       watch,
-      Effect.scoped(life).pipe(
+      Bounded.scoped(life).pipe(
         Effect.sandbox,
         Effect.tapError((cause) => {
           doubted = now()

@@ -10,6 +10,7 @@ import { SecureRandom } from "effect/crypto"
 import * as Deferred from "effect/Deferred"
 import * as Effect from "effect/Effect"
 import * as Latch from "effect/Latch"
+import * as Bounded from "./Bounded.ts"
 import type * as Database from "./Database.ts"
 import type * as Job from "./Job.ts"
 import * as Line from "./Line.ts"
@@ -20,7 +21,7 @@ import * as Run from "./Run.ts"
 import * as Settler from "./Settler.ts"
 import * as Store from "./Store.ts"
 import * as Timekeeper from "./Timekeeper.ts"
-import * as Wakeup from "./Wakeup.ts"
+import type * as Wakeup from "./Wakeup.ts"
 
 /**
  * A running loop.
@@ -202,7 +203,7 @@ export const start = Effect.fnUntraced(function*(options: {
     const startedAt = now()
     const sweep = Line.sweeps(line, startedAt)
     leases.set(id, lease)
-    const rows = yield* Wakeup.bounded(
+    const rows = yield* Bounded.bounded(
       store.claim({
         worker,
         lease: id,
@@ -306,21 +307,22 @@ export const start = Effect.fnUntraced(function*(options: {
   // Start and stop
   // ---------------------------------------------------------------------------
 
-  const scope = yield* Effect.scope
   // Without spans: a stream of claims and beats that never ends belongs to nobody's trace.
-  const fork = <A, E>(loop: Effect.Effect<A, E>) => Effect.forkIn(Effect.withTracerEnabled(loop, false), scope)
-  yield* fork(settler.run)
-  yield* fork(liveness.run)
-  if (options.limit === undefined) yield* fork(wakeup.listen)
-  yield* fork(timekeeper.run)
-  for (const line of lines) yield* fork(pull(line))
-  yield* fork(
-    Maintenance.sweep({
-      store,
-      wakeup,
-      interval: options.rescueInterval,
-      allowed: () => !stopping && liveness.settled()
-    })
+  yield* Effect.withTracerEnabled(
+    Bounded.fork([
+      settler.run,
+      liveness.run,
+      timekeeper.run,
+      ...lines.map(pull),
+      ...options.limit === undefined ? [wakeup.listen] : [],
+      Maintenance.sweep({
+        store,
+        wakeup,
+        interval: options.rescueInterval,
+        allowed: () => !stopping && liveness.settled()
+      })
+    ]),
+    false
   )
 
   /** Waits until no handler runs, or the time is over. */
@@ -332,7 +334,7 @@ export const start = Effect.fnUntraced(function*(options: {
       }
       for (const running of runs) running.fiber!.addObserver(check)
       check()
-      return Effect.ignore(Wakeup.bounded(Deferred.await(done), millis))
+      return Effect.ignore(Bounded.bounded(Deferred.await(done), millis))
     })
 
   const claimsAnswered = Effect.gen(function*() {
@@ -347,7 +349,7 @@ export const start = Effect.fnUntraced(function*(options: {
     yield* quiet(options.gracePeriod)
     for (const running of runs) interrupt(running, "shutdown")
     yield* quiet(1500)
-    yield* Effect.ignore(Wakeup.bounded(Effect.andThen(claimsAnswered, settler.drained), left()))
+    yield* Effect.ignore(Bounded.bounded(Effect.andThen(claimsAnswered, settler.drained), left()))
     // A handler that does not stop keeps its lease until the others see that this process is gone.
     const kept = runs.size + settler.size()
     if (kept > 0) {
@@ -355,7 +357,7 @@ export const start = Effect.fnUntraced(function*(options: {
         `effect-pgqueue: ${runs.size} handlers did not stop, ${settler.size()} jobs could not be settled; they are rescued after the lease time`
       )
     } else {
-      yield* Effect.ignoreCause(Wakeup.bounded(store.unregister(liveness.id()), Math.min(1000, left())))
+      yield* Effect.ignoreCause(Bounded.bounded(store.unregister(liveness.id()), Math.min(1000, left())))
     }
   })
 

@@ -6,8 +6,9 @@
 import * as Cause from "effect/Cause"
 import * as Effect from "effect/Effect"
 import * as Random from "effect/Random"
+import * as Bounded from "./Bounded.ts"
 import type * as Store from "./Store.ts"
-import * as Wakeup from "./Wakeup.ts"
+import type * as Wakeup from "./Wakeup.ts"
 
 /** Leases taken back in one statement: a few thousand jobs at most, so that no statement holds its locks for long. */
 const batch = 10
@@ -16,10 +17,10 @@ const batch = 10
  * Takes back, once, what dead workers left: first their registration, then, in a later statement, their jobs.
  */
 export const rescueOnce = Effect.fnUntraced(function*(store: Store.Store, wakeup: Wakeup.Wakeup) {
-  const dead = yield* Wakeup.bounded(store.reapWorkers(), 10_000)
+  const dead = yield* Bounded.bounded(store.reapWorkers(), 10_000)
   let jobs = 0
   while (true) {
-    const taken = yield* Wakeup.bounded(store.rescue(batch), 30_000)
+    const taken = yield* Bounded.bounded(store.rescue(batch), 30_000)
     for (const queue of taken.queues) wakeup.mark(queue, 0)
     jobs += taken.back + taken.ended
     // Leases whose every row is locked by somebody stay for the next sweep.

@@ -8,10 +8,10 @@ import * as Cause from "effect/Cause"
 import * as Effect from "effect/Effect"
 import * as Latch from "effect/Latch"
 import { isSqlError } from "effect/sql/SqlError"
+import * as Bounded from "./Bounded.ts"
 import * as Database from "./Database.ts"
 import type * as Settlement from "./Settlement.ts"
 import type * as Store from "./Store.ts"
-import * as Wakeup from "./Wakeup.ts"
 
 /** The most jobs of one settle: linear up to here (28-33 ms over 4 leases), and one statement holds its locks briefly. */
 const maxEntries = 1000
@@ -68,7 +68,7 @@ export const make = (options: {
 
   /** Sends a batch; when the data of one is refused, halves it until that one is alone. */
   const send = (entries: ReadonlyArray<Settlement.Entry>): Effect.Effect<void> =>
-    Wakeup.bounded(options.store.settle(options.worker(), entries), 15_000).pipe(
+    Bounded.bounded(options.store.settle(options.worker(), entries), 15_000).pipe(
       Effect.flatMap((answers) => {
         const found = new Map(answers.map((answer) => [answer.lease + answer.id, answer]))
         const busy: Array<Settlement.Entry> = []

@@ -8,10 +8,10 @@ import * as Cause from "effect/Cause"
 import * as Clock from "effect/Clock"
 import * as Effect from "effect/Effect"
 import * as Latch from "effect/Latch"
+import * as Bounded from "./Bounded.ts"
 import * as Line from "./Line.ts"
 import { monotonic } from "./Run.ts"
 import type * as Store from "./Store.ts"
-import * as Wakeup from "./Wakeup.ts"
 
 /** A queue that has just run dry is looked at once more after this many milliseconds, for what is due later. */
 const settleDown = 20
@@ -71,7 +71,7 @@ export const make = Effect.fnUntraced(function*(options: {
     const polls = at - lookedAt >= options.pollInterval
     if (!polls && ![...dry.values()].some((since) => since > lookedAt && at - since >= settleDown)) return
     lookedAt = at
-    const looked = yield* Wakeup.bounded(options.store.look(names, Line.everyLane), lookBound)
+    const looked = yield* Bounded.bounded(options.store.look(names, Line.everyLane), lookBound)
     for (const { due, queue, wait } of looked) {
       if (wait !== null) dueIn(queue, Math.max(0, wait))
       // What is due in a queue that has just run dry is not for this worker: claiming again would be a busy loop.

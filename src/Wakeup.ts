@@ -6,11 +6,11 @@
  */
 import type * as PgConnection from "@effect/sql-pg/PgConnection"
 import * as Cause from "effect/Cause"
-import * as Deferred from "effect/Deferred"
 import * as Effect from "effect/Effect"
 import * as Latch from "effect/Latch"
 import * as Queue from "effect/Queue"
 import type * as Scope from "effect/Scope"
+import * as Bounded from "./Bounded.ts"
 import * as Database from "./Database.ts"
 import * as Store from "./Store.ts"
 
@@ -62,7 +62,7 @@ export const make = Effect.fnUntraced(function*(db: Database.Database, schema: s
   if (db.connect !== undefined) {
     // Nothing is lost with this session, so it commits without waiting for the disk.
     const connect = db.connect({ synchronous_commit: "off" })
-    const notifier = Effect.scoped(Effect.gen(function*() {
+    const notifier = Bounded.scoped(Effect.gen(function*() {
       yield* pending.await
       const session = yield* connect
       ownProcess = session.processId
@@ -71,18 +71,18 @@ export const make = Effect.fnUntraced(function*(db: Database.Database, schema: s
         pending.closeUnsafe()
         const round = [...dirty].map(([queue, delay]) => `${Math.ceil(delay)} ${queue}`)
         dirty.clear()
-        yield* session.query(Store.notifyText, [channel, round])
+        yield* Bounded.bounded(session.query(Store.notifyText, [channel, round]), 5000)
         yield* Effect.sleep(pause)
       }
     }))
-    yield* notifier.pipe(forever("notifier"), Effect.forkScoped)
+    yield* Bounded.fork([forever("notifier")(notifier)])
   } else {
     // Without a session of our own there is nobody to tell the others; they poll.
-    yield* Effect.forkScoped(Effect.forever(Effect.flatMap(pending.await, () =>
+    yield* Bounded.fork([Effect.forever(Effect.flatMap(pending.await, () =>
       Effect.sync(() => {
         pending.closeUnsafe()
         dirty.clear()
-      }))))
+      })))])
   }
 
   const hear = (payload: string): void => {
@@ -132,12 +132,12 @@ const listenOnce = (options: {
   readonly onReady: () => void
   readonly onNotification: (notification: PgConnection.Notification) => void
 }) =>
-  Effect.scoped(Effect.gen(function*() {
+  Bounded.scoped(Effect.gen(function*() {
     // Pinned first: LISTEN holds the session, and the probe must go through the same pin.
     const session = yield* Effect.flatMap(options.connect, (connection) => connection.pin)
     const notifications = yield* session.listen(options.channel)
     options.onReady()
-    const probe = bounded(session.query(Store.probeText), 5000).pipe(
+    const probe = Bounded.bounded(session.query(Store.probeText), 5000).pipe(
       Effect.andThen(Effect.sleep("10 seconds")),
       Effect.forever
     )
@@ -146,41 +146,6 @@ const listenOnce = (options: {
     }))
     return yield* Effect.raceFirst(take, probe)
   }))
-
-/**
- * Runs an effect, but waits at most `millis` for it.
- *
- * **Details**
- *
- * `Effect.timeout` waits until the interrupted statement has drained, which on a dead link takes seconds to minutes.
- * This one leaves it behind.
- */
-export const bounded = <A, E, R>(self: Effect.Effect<A, E, R>, millis: number): Effect.Effect<A, E | TimedOut, R> =>
-  Effect.gen(function*() {
-    const result = Deferred.makeUnsafe<A, E | TimedOut>()
-    const fiber = yield* Effect.forkDetach(Effect.onExit(self, (exit) => Deferred.done(result, exit)), {
-      startImmediately: true
-    })
-    if (Deferred.isDoneUnsafe(result)) return yield* Deferred.await(result)
-    const abandon = () => fiber.interruptUnsafe()
-    // A fiber of its own, not a race: a race inside an uninterruptible region waits for its loser.
-    const timer = yield* Effect.forkDetach(Effect.andThen(
-      Effect.sleep(millis),
-      Effect.sync(() => {
-        Deferred.doneUnsafe(result, Effect.fail(new TimedOut()))
-        abandon()
-      })
-    ))
-    return yield* Deferred.await(result).pipe(
-      Effect.onInterrupt(() => Effect.sync(abandon)),
-      Effect.ensuring(Effect.sync(() => timer.interruptUnsafe()))
-    )
-  })
-
-/** The answer did not come in time; whether the statement took effect is unknown. */
-export class TimedOut extends Error {
-  readonly _tag = "TimedOut"
-}
 
 /** Runs a background loop again whenever it ends, whatever it ended with. */
 const forever = (name: string) => <A, E, R>(self: Effect.Effect<A, E, R>): Effect.Effect<A, never, R> =>
