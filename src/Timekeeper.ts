@@ -100,7 +100,8 @@ export const make = Effect.fnUntraced(function*(options: {
 
   const timekeeper: Timekeeper = {
     due: (queue, delay) => {
-      for (const name of queue === undefined ? names : [queue]) {
+      for (const name of names) {
+        if (queue !== undefined && queue !== name) continue
         if (delay > 0) dueIn(name, delay)
         else options.onDue(name)
       }
