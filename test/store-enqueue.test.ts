@@ -345,7 +345,7 @@ layer(Storage.layer, { excludeTestServices: true })("enqueue", (it) => {
     "a period that ends before its job lets the next one in, and the end of the first leaves the key of the second alone",
     rule(Effect.gen(function*() {
       const { store } = yield* Storage
-      const [first, second] = [keyed("a", {}, 1), keyed("a", {}, 3_600_000)]
+      const [first, second] = [keyed("a", {}, 1), keyed("a")]
       const held = yield* claimed([first])
       yield* Effect.repeat(
         Effect.andThen(store.expireKeys([second], false), store.insertUnique([second], false, undefined)),
