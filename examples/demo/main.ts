@@ -7,7 +7,7 @@
  * of its own. It exits with 0, or with 1 and the reason.
  */
 import { NodeRuntime, NodeServices } from "@effect/platform-node"
-import { Cause, Config, Console, Effect, Layer } from "effect"
+import { Cause, Config, Console, Effect, Layer, Predicate } from "effect"
 import { JobQueue } from "../../src/index.ts"
 import { type Check, holds, runChecks } from "./checks.ts"
 import { DatabaseLive, DemoFailed } from "./database.ts"
@@ -109,7 +109,13 @@ const Services = Layer.merge(JobQueue.layer({ schema, onUnavailable: "fail" }), 
   Layer.provideMerge([View.layer, NodeServices.layer])
 )
 
-const reason = (error: unknown) => error instanceof Error ? error.message : String(error)
+/** What an error says, and what caused it says, and so on. */
+const messages = (error: unknown): ReadonlyArray<string> =>
+  Predicate.isError(error)
+    ? [error.message, ...error.cause === undefined ? [] : messages(error.cause)]
+    : [String(error)]
+
+const reason = (error: unknown) => [...new Set(messages(error))].join(": ")
 
 demo.pipe(
   Effect.scoped,
