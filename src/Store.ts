@@ -9,43 +9,16 @@
 import * as Effect from "effect/Effect"
 import type { SqlError } from "effect/sql/SqlError"
 import * as Database from "./Database.ts"
+import * as Insertion from "./Insertion.ts"
 import * as Settlement from "./Settlement.ts"
+
+export { columnsOf, keyedColumnsOf, type NewJob, type UniqueRule } from "./Insertion.ts"
 
 /** The first lane of suspects: jobs that have lost their worker more than once wait in 100 + priority. */
 export const suspectLane = 100
 
 /** The first lane of parked jobs: a kind that no live worker lists waits in 200 + priority. */
 export const parkedLane = 200
-
-/** A job as it is inserted: everything resolved, everything checked. */
-export interface NewJob {
-  readonly id: string
-  readonly kind: string
-  readonly queue: string
-  readonly priority: number
-  /** Milliseconds from now by the database's clock. */
-  readonly delay: number
-  /** Milliseconds since the epoch; wins over `delay`. */
-  readonly runAt: number | undefined
-  readonly maxAttempts: number
-  readonly timeout: number | undefined
-  /** JSON text. */
-  readonly payload: string
-  /** JSON text. */
-  readonly metadata: string
-  readonly trace: string | undefined
-  readonly unique: UniqueRule | undefined
-  /** The id is the caller's choice: finding it there need not be a replay of this insert. */
-  readonly idGiven?: boolean
-}
-
-/** A resolved uniqueness rule. */
-export interface UniqueRule {
-  readonly key: string
-  readonly period: number | undefined
-  readonly until: "started" | "finished"
-  readonly onConflict: "keep" | "replace" | "debounce"
-}
 
 /** Where a claim goes on reading one lane: after the row with this due time (microseconds) and id. */
 export interface LaneCursor {
@@ -137,131 +110,13 @@ export const notifyText = "select pg_notify($1::text, p)::text as sent from unne
 const micros = (column: string) => `(extract(epoch from ${column}) * 1000000)::int8::text`
 const millis = (column: string) => `(extract(epoch from ${column}) * 1000)::float8`
 
-/** The parameters of `insert`. */
-export const columnsOf = (jobs: ReadonlyArray<NewJob>): Array<unknown> => [
-  jobs.map((job) => job.id),
-  jobs.map((job) => job.kind),
-  jobs.map((job) => job.queue),
-  jobs.map((job) => job.priority),
-  jobs.map((job) => String(job.delay)),
-  jobs.map((job) => job.runAt === undefined ? "" : String(job.runAt)),
-  jobs.map((job) => job.maxAttempts),
-  jobs.map((job) => job.timeout === undefined ? "" : String(job.timeout)),
-  jobs.map((job) => job.payload),
-  jobs.map((job) => job.metadata),
-  jobs.map((job) => job.trace ?? "")
-]
-
-/** The parameters of `insertUnique`. */
-export const keyedColumnsOf = (jobs: ReadonlyArray<NewJob>, patience: number | undefined): Array<unknown> => [
-  ...columnsOf(jobs),
-  jobs.map((job) => job.unique!.key),
-  jobs.map((job) => job.unique!.until),
-  jobs.map((job) => job.unique!.period === undefined ? "" : String(job.unique!.period)),
-  patience === undefined ? "" : String(patience)
-]
-
 /**
  * Builds the statements for one schema.
  */
 export const make = (db: Database.Database, schema: string) => {
   const s = Database.quoteSchema(schema)
+  const insertion = Insertion.statements(s)
   const settlement = Settlement.statements(s)
-
-  // Ids that have ended are dropped before anything is inserted. `offset 0` keeps this a look-up per row: as a join,
-  // or a hashed subplan, it reads the whole history. One clock for the statement, so that a batch keeps its order by id.
-  const input = (extra: string, extraColumns: string, keyed: boolean) =>
-    `clock as materialized (select clock_timestamp() as now${extra}),
-    input as materialized (
-      select ${
-      keyed ? "distinct on (i.id) " : ""
-    }i.id, i.kind, i.queue, i.priority, i.max_attempts, nullif(i.timeout_ms, '')::int8 as timeout_ms, i.payload,
-        i.metadata, nullif(i.trace, '') as trace, greatest(clock.now,
-          case when i.run_at = '' then clock.now + i.delay::float8 * interval '1 millisecond'
-          else timestamptz 'epoch' + i.run_at::float8 * interval '1 millisecond' end) as run_at${extraColumns}
-      from clock, unnest($1::uuid[], $2::text[], $3::text[], $4::int2[], $5::text[], $6::text[], $7::int4[], $8::text[],
-        $9::json[], $10::json[], $11::text[]${keyed ? ", $12::text[], $13::text[], $14::text[]" : ""})
-        as i(id, kind, queue, priority, delay, run_at, max_attempts, timeout_ms, payload, metadata, trace${
-      keyed ? ", key, until, period" : ""
-    })
-      where not exists (select 1 from ${s}.finished f where f.id = i.id offset 0)${
-      keyed ? ` and not exists (select 1 from ${s}.job j where j.id = i.id offset 0)` : ""
-    }
-    )`
-  // The last look into `finished` has a newer snapshot and refuses what the first one could not see yet.
-  const insertion = (from: string, key: string, expected: string) =>
-    `inserted as (
-      insert into ${s}.job (id, kind, queue, priority, run_at, scheduled_for, max_attempts, timeout_ms, payload, metadata, trace, unique_key)
-      select id, kind, queue, priority, run_at, run_at, max_attempts, timeout_ms, payload, metadata, trace, ${key} from ${from}
-      on conflict (id) do nothing returning id, queue, priority, run_at, kind
-    ), line as (
-      insert into ${s}.ready (queue, lane, run_at, id, kind, attempt)
-      select queue, priority, run_at, id, kind, 0 from inserted on conflict do nothing
-    )
-    select count(*)::int4 as count, array_to_string(array_agg(id), ',') as ids,
-      ${s}.refuse_finished(coalesce(array_agg(id), '{}'), ${expected})::text as checked from inserted`
-
-  const insertText = `with ${input("", "", false)}, ${insertion("input", "null", "0")}`
-  // An id that is there already takes no key with it: nobody would ever give that key back. One that comes in at the same
-  // time has won a key and inserts nothing; that is refused at the end, and the filter drops it when it is sent again.
-  // Keys are taken in order, so that two batches cannot deadlock, and with DO NOTHING, so that the holder is never
-  // locked. The lock timeout is for the one wait that is left: another transaction that has taken the key and not ended.
-  const insertUniqueText = `with ${
-    input(
-      ", case when $15::text <> '' then set_config('lock_timeout', $15::text, true) end as patience",
-      `, ${s}.hash_key(i.kind, i.key) as key, i.until,
-        case when i.period <> '' then clock.now + i.period::float8 * interval '1 millisecond' end as expires_at`,
-      true
-    )
-  }, keys as (
-      insert into ${s}.unique_key (key, job, until, expires_at)
-      select distinct on (key) key, id, until, expires_at from input order by key, id
-      on conflict (key) do nothing returning job
-    ), won as materialized (
-      select * from input i where case when i.id in (select job from keys) then true else false end
-    ), ${insertion("won", "key", "(select count(*)::int4 from won)")}`
-
-  // A job that is there, or has ended, answers for itself: this was a replay, whoever has the key by now.
-  const holdersText = `select i.id::text as id, coalesce(own.id, k.job)::text as holder,
-      own.id is null and coalesce(k.expires_at <= clock_timestamp(), false) as expired
-    from unnest($1::uuid[], $2::text[], $3::text[]) as i(id, kind, key)
-    left join lateral (
-      select j.id from ${s}.job j where j.id = i.id union all select f.id from ${s}.finished f where f.id = i.id limit 1
-    ) own on true
-    left join lateral (select * from ${s}.unique_key k where k.key = ${s}.hash_key(i.kind, i.key) offset 0) k on true
-    where own.id is not null or k.job is not null`
-
-  // Only a holder that stands in line: the line entry is deleted first, and who runs has none. The job's row is locked
-  // before, and skipped when somebody else has it. `debounce` takes the new due time, `replace` keeps the old one.
-  const replaceText = `with held as materialized (
-      select j.id, j.queue, j.priority, j.run_at, j.attempt, case when j.rescued >= 2 then 100 else 0 end as suspect
-      from ${s}.job j where j.id = $1::uuid for update skip locked
-    ), gone as (
-      delete from ${s}.ready r using held h
-      where r.queue = h.queue and r.lane = any (array[h.priority + h.suspect, 200 + h.priority]) and r.run_at = h.run_at and r.id = h.id
-      returning r.id
-    ), changed as (
-      update ${s}.job j set kind = $2::text, queue = $3::text, priority = $4::int2, max_attempts = $5::int4, timeout_ms = $6::int8,
-        payload = $7::json, metadata = $8::json, trace = nullif($9::text, ''),
-        run_at = case when $10::text = 'replace' then j.run_at else due.at end
-      from gone, held h, (select greatest(clock_timestamp(),
-          case when $12::text = '' then clock_timestamp() + $11::float8 * interval '1 millisecond'
-          else timestamptz 'epoch' + $12::float8 * interval '1 millisecond' end) as at) due
-      where j.id = $1::uuid and h.id = j.id
-      returning j.id, j.kind, j.queue, j.priority + h.suspect as lane, j.run_at, j.attempt
-    ), line as (
-      insert into ${s}.ready (queue, lane, run_at, id, kind, attempt)
-      select queue, lane, run_at, id, kind, attempt from changed on conflict do nothing
-    )
-    select count(*)::int4 as count from changed`
-
-  // The condition on the time is opaque: the planner would rather walk the index of all keys with a period.
-  const expireText = `delete from ${s}.unique_key where key = any (array(
-      select k.key from (select distinct ${s}.hash_key(i.kind, i.key) as key from unnest($1::text[], $2::text[]) as i(kind, key)) i
-      cross join lateral (
-        select u.key from ${s}.unique_key u
-        where u.key = i.key and case when u.expires_at <= clock_timestamp() then true else false end for update skip locked
-      ) k))`
 
   // One probe per lane, each with its own limit, in lane order and only as far as needed: future jobs and lower
   // priorities cost nothing. Gated on the worker's own row in front of everything (`me`), so that a process declared
@@ -368,8 +223,8 @@ export const make = (db: Database.Database, schema: string) => {
     /**
      * Inserts jobs without a unique key; returns the ids that were not there before.
      */
-    insert: Effect.fnUntraced(function*(jobs: ReadonlyArray<NewJob>, inUserTransaction: boolean) {
-      return insertedIds(yield* run(inUserTransaction, insertText, columnsOf(jobs)), jobs)
+    insert: Effect.fnUntraced(function*(jobs: ReadonlyArray<Insertion.NewJob>, inUserTransaction: boolean) {
+      return insertedIds(yield* run(inUserTransaction, insertion.insert, Insertion.columnsOf(jobs)), jobs)
     }),
 
     /**
@@ -377,8 +232,11 @@ export const make = (db: Database.Database, schema: string) => {
      * `patience` bounds, in milliseconds, the wait for a transaction that has taken one of the keys and not ended.
      */
     insertUnique: Effect.fnUntraced(
-      function*(jobs: ReadonlyArray<NewJob>, inUserTransaction: boolean, patience: number | undefined) {
-        return insertedIds(yield* run(inUserTransaction, insertUniqueText, keyedColumnsOf(jobs, patience)), jobs)
+      function*(jobs: ReadonlyArray<Insertion.NewJob>, inUserTransaction: boolean, patience: number | undefined) {
+        return insertedIds(
+          yield* run(inUserTransaction, insertion.insertUnique, Insertion.keyedColumnsOf(jobs, patience)),
+          jobs
+        )
       }
     ),
 
@@ -386,13 +244,13 @@ export const make = (db: Database.Database, schema: string) => {
      * Reads who holds the keys of these jobs. A job that is there or has ended holds its own; no row when nobody does.
      */
     holders: (
-      jobs: ReadonlyArray<NewJob>,
+      jobs: ReadonlyArray<Insertion.NewJob>,
       inUserTransaction: boolean
     ): Effect.Effect<
       ReadonlyArray<{ readonly id: string; readonly holder: string; readonly expired: boolean }>,
       SqlError
     > =>
-      run(inUserTransaction, holdersText, [
+      run(inUserTransaction, insertion.holders, [
         jobs.map((job) => job.id),
         jobs.map((job) => job.kind),
         jobs.map((job) => job.unique!.key)
@@ -401,9 +259,9 @@ export const make = (db: Database.Database, schema: string) => {
     /**
      * Gives a waiting holder of a key the payload and options of a new job; `false` when it does not stand in line.
      */
-    replace: (holder: string, job: NewJob, inUserTransaction: boolean): Effect.Effect<boolean, SqlError> =>
+    replace: (holder: string, job: Insertion.NewJob, inUserTransaction: boolean): Effect.Effect<boolean, SqlError> =>
       Effect.map(
-        run(inUserTransaction, replaceText, [
+        run(inUserTransaction, insertion.replace, [
           holder,
           job.kind,
           job.queue,
@@ -423,8 +281,8 @@ export const make = (db: Database.Database, schema: string) => {
     /**
      * Removes those keys of these jobs whose period is over.
      */
-    expireKeys: (jobs: ReadonlyArray<NewJob>, inUserTransaction: boolean): Effect.Effect<void, SqlError> =>
-      Effect.asVoid(run(inUserTransaction, expireText, [
+    expireKeys: (jobs: ReadonlyArray<Insertion.NewJob>, inUserTransaction: boolean): Effect.Effect<void, SqlError> =>
+      Effect.asVoid(run(inUserTransaction, insertion.expireKeys, [
         jobs.map((job) => job.kind),
         jobs.map((job) => job.unique!.key)
       ])),
@@ -490,10 +348,10 @@ export const make = (db: Database.Database, schema: string) => {
 
     /** The statements as they are sent, for tests of their plans. */
     texts: {
-      insert: insertText,
-      insertUnique: insertUniqueText,
-      holders: holdersText,
-      expireKeys: expireText,
+      insert: insertion.insert,
+      insertUnique: insertion.insertUnique,
+      holders: insertion.holders,
+      expireKeys: insertion.expireKeys,
       claim: claimText,
       beat: beatText,
       reap: reapText,
@@ -546,7 +404,7 @@ export type Store = ReturnType<typeof make>
 
 const insertedIds = (
   rows: ReadonlyArray<{ readonly count: number; readonly ids: string | null }>,
-  jobs: ReadonlyArray<NewJob>
+  jobs: ReadonlyArray<Insertion.NewJob>
 ): ReadonlySet<string> => {
   const row = rows[0]!
   return new Set(row.count === jobs.length ? jobs.map((job) => job.id) : row.ids === null ? [] : row.ids.split(","))
