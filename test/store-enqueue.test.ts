@@ -267,14 +267,33 @@ layer(Storage.layer, { excludeTestServices: true })("enqueue", (it) => {
     "batches with the same keys in different orders neither deadlock nor share a key",
     rule(Effect.gen(function*() {
       const { store } = yield* Storage
-      const batch = () => Array.from({ length: 100 }, (_, i) => keyed(`key-${i}`))
+      const batch = (keys: ReadonlyArray<number>) => keys.map((key) => keyed(`key-${key}`))
+      const keys = Array.from({ length: 100 }, (_, i) => i)
       const inserted = yield* Effect.forEach(
-        Array.from({ length: 12 }, (_, i) => i % 2 === 0 ? batch() : batch().toReversed()),
+        Array.from({ length: 12 }, (_, i) => batch(i % 2 === 0 ? keys : keys.toReversed())),
         (all) => store.insertUnique(all, false, undefined),
         { concurrency: "unbounded" }
       )
       assert.strictEqual(inserted.flatMap((ids) => [...ids]).length, 100)
       assert.strictEqual(yield* count("job"), 100)
+    }))
+  )
+
+  it.effect(
+    "a batch takes its keys in their own order, so a batch that waits holds no key that comes later",
+    rule(Effect.gen(function*() {
+      const { store } = yield* Storage
+      const [first, second] = yield* query<{ key: string }>(
+        "select key from unnest(array['a', 'b']) as key order by pgqueue.hash_key('k', key)"
+      )
+      const batch = [keyed(second!.key), keyed(first!.key)]
+      const stranger = yield* session
+      yield* stranger.query("begin")
+      yield* stranger.store.insertUnique([keyed(first!.key)], false, undefined)
+      const waiting = yield* blocked(store.insertUnique(batch, false, undefined))
+      assert.strictEqual((yield* store.insertUnique([keyed(second!.key)], false, 100)).size, 1)
+      yield* stranger.query("commit")
+      assert.strictEqual((yield* join(waiting)).size, 0)
     }))
   )
 
@@ -453,12 +472,10 @@ layer(Storage.layer, { excludeTestServices: true })("enqueue", (it) => {
     rule(Effect.gen(function*() {
       const { store } = yield* Storage
       yield* store.insertUnique([keyed("ada@example.com")], false, undefined)
-      assert.notInclude(
-        JSON.stringify(
-          yield* query("select row(k.*)::text as k, row(j.*)::text as j from pgqueue.unique_key k, pgqueue.job j")
-        ),
-        "ada"
+      const clear = yield* value<number>(
+        "select count(*)::int4 from pgqueue.unique_key k, pgqueue.job j where position('ada'::bytea in k.key || j.unique_key) > 0"
       )
+      assert.strictEqual(clear, 0)
     }))
   )
 })

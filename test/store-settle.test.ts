@@ -338,6 +338,25 @@ layer(Storage.layer, { excludeTestServices: true })("settle", (it) => {
   )
 
   it.effect(
+    "a settle locks its leases in the order of their ids, so one that waits holds no lease that comes later",
+    rule(Effect.gen(function*() {
+      const { store } = yield* Storage
+      const both = [yield* claimed(jobs(1)), yield* claimed(jobs(2))].toSorted((a, b) => a.lease < b.lease ? -1 : 1)
+      const [first, second] = [both[0]!, both[1]!]
+      const stranger = yield* session
+      yield* stranger.query("begin")
+      yield* stranger.query("select 1 from pgqueue.lease where id = $1::uuid for update", [first.lease])
+      const waiting = yield* blocked(store.settle(uuid(), [
+        entry(second.lease, second.ids[0]!, "completed"),
+        entry(first.lease, first.ids[0]!, "completed")
+      ]))
+      yield* store.release(second.worker, [second.lease])
+      yield* stranger.query("commit")
+      assert.deepStrictEqual((yield* join(waiting)).map((a) => a.id), [second.ids[0]])
+    }))
+  )
+
+  it.effect(
     "batches that share leases in opposite orders do not deadlock",
     rule(Effect.gen(function*() {
       const { store } = yield* Storage
