@@ -12,13 +12,8 @@ class Digest extends Job.make("digest", { payload: { user: Schema.String, text: 
 const PgLive = PgClient.layerConfig({ url: Config.Redacted("DATABASE_URL") })
 const QueueLive = JobQueue.layer().pipe(Layer.provideMerge(PgLive))
 
-const main = Effect.gen(function*() {
-  const sent = yield* Ref.make<ReadonlyArray<string>>([])
-  const DigestHandler = Digest.toLayer(({ text }) =>
-    Effect.andThen(Effect.log(`digest: ${text}`), Ref.update(sent, (texts) => [...texts, text]))
-  )
-
-  // #region unique
+// #region unique
+const enqueueThrice = Effect.gen(function*() {
   const first = yield* Digest.enqueue({ user: "ada", text: "1 message" }, { unique: "ada" })
   // The key is held until the job has ended: this inserts nothing and returns the holder's id.
   const second = yield* Digest.enqueue({ user: "ada", text: "never sent" }, { unique: "ada" })
@@ -27,7 +22,17 @@ const main = Effect.gen(function*() {
     { user: "ada", text: "2 messages, 1 mention" },
     { unique: { key: "ada", onConflict: "replace" } }
   )
-  // #endregion
+  return { first, second, third }
+})
+// #endregion
+
+const main = Effect.gen(function*() {
+  const sent = yield* Ref.make<ReadonlyArray<string>>([])
+  const DigestHandler = Digest.toLayer(({ text }) =>
+    Effect.andThen(Effect.log(`digest: ${text}`), Ref.update(sent, (texts) => [...texts, text]))
+  )
+
+  const { first, second, third } = yield* enqueueThrice
   yield* Effect.log(`first ${first.status}, second ${second.status}, third ${third.status}`)
   assert.deepEqual([first.status, second.status, third.status], ["inserted", "existing", "replaced"])
 

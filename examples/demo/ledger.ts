@@ -33,7 +33,7 @@ export class Ledger extends Context.Service<Ledger, {
   /** Writes down that a handler has started, before it does anything else. */
   readonly started: Effect.Effect<void, never, Job.Current>
   readonly startsByProcess: Effect.Effect<ReadonlyMap<number, number>, SqlError.SqlError>
-}>()("effect-pgqueue/examples/demo/ledger/Ledger") {
+}>()("effect-pgqueue/examples/demo/ledger") {
   static readonly layer = Layer.effect(
     Ledger,
     Effect.gen(function*() {

@@ -16,7 +16,7 @@ export class View extends Context.Service<View, {
   readonly line: (text: string) => Effect.Effect<void>
   /** Shows a moment in place of the one before. */
   readonly show: (moment: Moment) => Effect.Effect<void>
-}>()("effect-pgqueue/examples/demo/view/View") {
+}>()("effect-pgqueue/examples/demo/view") {
   static readonly layer = Layer.sync(View, () => {
     const { stdout } = process
     let drawn = 0
