@@ -19,12 +19,14 @@ const batch = 10
 export const rescueOnce = Effect.fnUntraced(function*(store: Store.Store, wakeup: Wakeup.Wakeup) {
   const dead = yield* Bounded.bounded(store.reapWorkers(), 10_000)
   let jobs = 0
+  let after: string | undefined
   while (true) {
-    const taken = yield* Bounded.bounded(store.rescue(batch), 30_000)
+    const taken = yield* Bounded.bounded(store.rescue(batch, after), 30_000)
     for (const queue of taken.queues) wakeup.mark(queue, 0)
     jobs += taken.back + taken.ended
-    // Leases whose every row is locked by somebody stay for the next sweep.
-    if (taken.leases < batch || taken.back + taken.ended === 0) break
+    // Leases whose rows are locked by somebody stay for the next sweep, and hide no other.
+    if (taken.leases < batch || taken.last === null) break
+    after = taken.last
   }
   if (dead.length > 0 || jobs > 0) {
     yield* Effect.logInfo(`effect-pgqueue: rescued ${jobs} jobs, ${dead.length} workers declared dead`)

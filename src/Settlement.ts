@@ -162,13 +162,15 @@ export const statements = (s: string) => {
     ), out_of_lease as materialized (select lease, id from decided union all select lease, id from missing),
     ${writes("worker", "lease")}
     select (select count(*) from held)::int4 as leases, count(*) filter (where status is null)::int4 as back,
-      count(*) filter (where status is not null)::int4 as ended, json_agg(distinct queue)::text as queues from decided`
+      count(*) filter (where status is not null)::int4 as ended, json_agg(distinct queue)::text as queues,
+      (select id::text from held order by id desc limit 1) as last from decided`
 
   // The first rescue of a job is free, every later one counts an attempt and makes the job a suspect: after a crash
   // nobody knows which of the lease's jobs did it, so the innocent must not pay and the guilty must be found.
   const rescue = takeBack(
     `select l.id, l.worker, l.ids from ${s}.lease l
-      where not exists (select 1 from ${s}.worker w where w.id = l.worker) order by l.id limit $1::int4 for update of l skip locked`,
+      where l.id > $2::uuid and not exists (select 1 from ${s}.worker w where w.id = l.worker)
+      order by l.id limit $1::int4 for update of l skip locked`,
     `select l.*, c.now, null::timestamptz as started_at,
         case when cancelled_at is not null then 'cancelled'
           when rescued > 0 and attempt + 1 >= max_attempts then 'discarded' end as status,

@@ -27,12 +27,15 @@ export interface LaneCursor {
   readonly id: string
 }
 
+/** Sorts before every id. */
+const firstId = "00000000-0000-0000-0000-000000000000"
+
 /** The beginning of a lane. */
 export const laneStart = (lane: number): LaneCursor => ({
   lane,
   // Year -4713 in microseconds, the smallest timestamp, would overflow the arithmetic; no row is due before 1970.
   runAt: "-1",
-  id: "00000000-0000-0000-0000-000000000000"
+  id: firstId
 })
 
 /** A claimed job. The columns of the job are `null` when its row is gone. */
@@ -99,6 +102,8 @@ export interface TakenBack {
   readonly back: number
   readonly ended: number
   readonly queues: ReadonlyArray<string>
+  /** The greatest of these leases; `null` when there were none. */
+  readonly last: string | null
 }
 
 /** Asks whether a session is still there. */
@@ -365,10 +370,11 @@ export const make = (db: Database.Database, schema: string) => {
     reapWorkers: (): Effect.Effect<ReadonlyArray<{ readonly id: string }>, SqlError> => rows(reapText, []),
 
     /**
-     * Takes back the jobs of leases whose worker is gone; counts a rescue on each.
+     * Takes back the jobs of up to `limit` leases whose worker is gone, in the order of their ids and after the lease
+     * `after`; counts a rescue on each job.
      */
-    rescue: (limit: number): Effect.Effect<TakenBack, SqlError> =>
-      Effect.map(rows(settlement.rescue, [limit]), takenBack),
+    rescue: (limit: number, after: string = firstId): Effect.Effect<TakenBack, SqlError> =>
+      Effect.map(rows(settlement.rescue, [limit, after]), takenBack),
 
     /**
      * Puts the jobs of a worker's own leases back in line as if they had not been claimed.
@@ -411,7 +417,7 @@ const insertedIds = (
 }
 
 const takenBack = (
-  rows: ReadonlyArray<{ leases: number; back: number; ended: number; queues: string | null }>
+  rows: ReadonlyArray<Omit<TakenBack, "queues"> & { readonly queues: string | null }>
 ): TakenBack => ({ ...rows[0]!, queues: rows[0]!.queues === null ? [] : JSON.parse(rows[0]!.queues) })
 
 /**

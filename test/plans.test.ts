@@ -143,7 +143,7 @@ const look = Effect.fnUntraced(function*(at: Filled) {
   yield* explain("claim of unknown kinds", texts.claim, at.claimParams(["nothing", "else"]))
   yield* explain("settle of 1", texts.settle, Settlement.columnsOf(at.me, entries.slice(0, 1)))
   yield* explain("settle of 400", texts.settle, Settlement.columnsOf(at.me, entries))
-  yield* explain("rescue", texts.rescue, [100])
+  yield* explain("rescue", texts.rescue, [100, "00000000-0000-0000-0000-000000000000"])
   yield* explain("release", texts.release, [at.me, [...new Set(entries.map((one) => one.lease))]])
   yield* explain("beat", texts.beat, [at.me])
   yield* explain("look", texts.look, [["default", "nothing"], at.lanes])

@@ -1,6 +1,8 @@
 /** Beat, reap and rescue: who is alive, and how the jobs of the dead come back. */
 import { assert, layer } from "@effect/vitest"
 import { Effect } from "effect"
+import * as Maintenance from "../src/Maintenance.ts"
+import type * as Wakeup from "../src/Wakeup.ts"
 import {
   beat,
   blocked,
@@ -49,6 +51,27 @@ const crash = Effect.gen(function*() {
 
 layer(Storage.layer, { excludeTestServices: true })("rescue", (it) => {
   it.effect(
+    "leases whose rows a stranger has locked hide no other from the sweep",
+    rule(Effect.gen(function*() {
+      const { store } = yield* Storage
+      // Eleven leases, one more than a sweep takes at a time; the stranger holds the jobs of the first ten.
+      const held: Array<{ readonly worker: string; readonly ids: ReadonlyArray<string> }> = []
+      for (let n = 0; n < 11; n++) held.push(yield* claimed([job()]))
+      const stranger = yield* session
+      yield* stranger.query("begin")
+      yield* stranger.query("select from pgqueue.job where id = any ($1::text[]::uuid[]) for update", [
+        held.slice(0, 10).flatMap(({ ids }) => ids)
+      ])
+      for (const { worker } of held) yield* bury(worker)
+      const deaf: Wakeup.Wakeup = { mark: () => {}, subscribe: () => Effect.void, listen: Effect.never }
+      assert.strictEqual(yield* Maintenance.rescueOnce(store, deaf), 1)
+      assert.deepInclude(yield* stateOf(held[10]!.ids[0]!), { place: "ready", rescued: 1 })
+      yield* stranger.query("commit")
+      assert.strictEqual(yield* Maintenance.rescueOnce(store, deaf), 10)
+    }))
+  )
+
+  it.effect(
     "the first rescue is free, the second counts an attempt and makes the job a suspect",
     rule(Effect.gen(function*() {
       const { store } = yield* Storage
@@ -57,7 +80,13 @@ layer(Storage.layer, { excludeTestServices: true })("rescue", (it) => {
       const due = yield* value<string>("select run_at::text from pgqueue.job")
       yield* silence(held.worker)
       assert.deepStrictEqual(yield* store.reapWorkers(), [{ id: held.worker }])
-      assert.deepStrictEqual(yield* store.rescue(10), { leases: 1, back: 1, ended: 0, queues: ["default"] })
+      assert.deepStrictEqual(yield* store.rescue(10), {
+        leases: 1,
+        back: 1,
+        ended: 0,
+        queues: ["default"],
+        last: held.lease
+      })
       assert.deepInclude(yield* stateOf(id), { place: "ready", attempt: 0, rescued: 1 })
       assert.strictEqual(yield* value("select run_at::text from pgqueue.job"), due)
       assert.strictEqual((yield* lineOf(id)).lane, 5)
