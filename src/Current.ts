@@ -5,13 +5,13 @@
  */
 import * as Context from "effect/Context"
 import type * as DateTime from "effect/DateTime"
-import * as Duration from "effect/Duration"
+import type * as Duration from "effect/Duration"
 import * as Effect from "effect/Effect"
 import * as Fiber from "effect/Fiber"
 import type * as Option from "effect/Option"
-import type * as Enqueue from "./Enqueue.ts"
+import * as Enqueue from "./Enqueue.ts"
 import type { Intent } from "./Outcome.ts"
-import type { Failure } from "./RetryPolicy.ts"
+import { type Failure, longestDelay } from "./RetryPolicy.ts"
 
 /**
  * What a handler can know about the job it runs.
@@ -85,11 +85,19 @@ export const discard = (reason: string): Effect.Effect<never, never, Current> =>
 /**
  * Puts the job back in line after a delay without spending an attempt, and stops the run. See {@link cancel}.
  *
+ * **Gotchas**
+ *
+ * A delay that is negative, infinite or not a number is a defect: a failed attempt.
+ *
  * @category running
  * @since 0.1.0
  */
-export const snooze = (delay: Duration.Input): Effect.Effect<never, never, Current> =>
-  stop({ _tag: "Snooze", delay: Math.min(Math.max(0, Duration.toMillis(delay)), Number.MAX_SAFE_INTEGER) })
+export const snooze = (delay: Duration.Input): Effect.Effect<never, never, Current> => {
+  const millis = Enqueue.millisOf(delay) ?? NaN
+  return millis >= 0 && millis <= longestDelay
+    ? stop({ _tag: "Snooze", delay: millis })
+    : Effect.die(new Error("Job.snooze: the delay must not be negative and must be finite"))
+}
 
 // -----------------------------------------------------------------------------
 // Middleware

@@ -14,6 +14,7 @@ import * as Predicate from "effect/Predicate"
 import * as Schema from "effect/Schema"
 import * as Tracer from "effect/Tracer"
 import { maxPayloadBytes } from "./Migrations.ts"
+import { longestDelay } from "./RetryPolicy.ts"
 import type * as Store from "./Store.ts"
 
 /**
@@ -116,7 +117,7 @@ export interface Defaults {
 }
 
 const uuidPattern = /^[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}$/i
-// 9999-12-31, well inside what both JavaScript and PostgreSQL can hold.
+/** 9999-12-31, well inside what both JavaScript and PostgreSQL can hold. */
 const latest = 253_402_214_400_000
 const maxDepth = 256
 
@@ -155,14 +156,14 @@ export const resolve = Effect.fnUntraced(function*<P extends Schema.Top>(
     return yield* invalid("maxAttempts must be an integer from 1 to 1000")
   }
   const timeout = millisOf(options.timeout ?? defaults.timeout)
-  if (timeout !== undefined && !(timeout >= 1 && timeout <= latest)) {
+  if (timeout !== undefined && !(timeout >= 1 && timeout <= longestDelay)) {
     return yield* invalid("timeout must be at least a millisecond and finite")
   }
   if (options.delay !== undefined && options.runAt !== undefined) {
     return yield* invalid("delay and runAt exclude each other")
   }
   const delay = millisOf(options.delay) ?? 0
-  if (!(delay >= 0 && delay <= latest)) return yield* invalid("delay must not be negative and must be finite")
+  if (!(delay >= 0 && delay <= longestDelay)) return yield* invalid("delay must not be negative and must be finite")
   const runAt = options.runAt === undefined ? undefined : epochMillis(options.runAt)
   if (runAt !== undefined && !(Math.abs(runAt) <= latest)) {
     return yield* invalid("runAt must be a valid date before the year 10000")
@@ -205,7 +206,7 @@ export const problemOfName = (what: string, name: string, limit: number): string
     : undefined
 
 /**
- * Stringifies a JSON value once and returns the text, or fails when PostgreSQL could not hold it.
+ * Stringifies a JSON value once and returns the text, or fails when JSON or PostgreSQL could not hold it as it is.
  */
 export const jsonText = <E>(
   value: unknown,
@@ -214,13 +215,14 @@ export const jsonText = <E>(
   what: string
 ): Effect.Effect<string, E> =>
   Effect.suspend(() => {
-    let text: string | undefined
+    let text: string
     try {
+      const problem = problemOfValue(value, 1)
+      if (problem !== undefined) return Effect.fail(refuse("InvalidPayload")(`${what} ${problem}`))
       text = JSON.stringify(value)
     } catch (cause) {
       return Effect.fail(refuse("InvalidPayload")(`${what} cannot be written as JSON: ${String(cause)}`))
     }
-    if (text === undefined) return Effect.fail(refuse("InvalidPayload")(`${what} is not a JSON value`))
     // Only control characters and lone surrogates are written as \uXXXX, so a text without one needs no closer look.
     if (text.includes("\\u") && /(?<!\\)(?:\\\\)*\\u(?:0000|d[89a-f])/i.test(text)) {
       return Effect.fail(refuse("InvalidPayload")(`${what} holds a NUL character or a lone surrogate`))
@@ -228,24 +230,46 @@ export const jsonText = <E>(
     if (text.length > limit || (text.length * 3 > limit && new TextEncoder().encode(text).length > limit)) {
       return Effect.fail(refuse("TooLarge")(`${what} is over ${limit} bytes`))
     }
-    // A value nested n deep is at least 2n characters long.
-    if (text.length > 2 * maxDepth && depth(value, 0) > maxDepth) {
-      return Effect.fail(refuse("InvalidPayload")(`${what} is nested deeper than ${maxDepth}`))
-    }
     return Effect.succeed(text)
   })
 
-const depth = (value: unknown, level: number): number => {
-  if (value === null || typeof value !== "object" || level > maxDepth) return level
-  let deepest = level + 1
-  for (const child of Array.isArray(value) ? value : Object.values(value)) {
-    deepest = Math.max(deepest, depth(child, level + 1))
+/** Says what JSON would change without a word: a codec of `Schema.Any` lets everything through. */
+const problemOfValue = (value: unknown, depth: number): string | undefined => {
+  switch (typeof value) {
+    case "string":
+    case "boolean":
+      return undefined
+    case "number":
+      return Number.isFinite(value) ? undefined : `holds ${value}, which JSON cannot`
+    case "object": {
+      if (value === null) return undefined
+      if (depth > maxDepth) return `is nested deeper than ${maxDepth}`
+      if (Array.isArray(value)) {
+        for (const item of value) {
+          const problem = problemOfValue(item, depth + 1)
+          if (problem !== undefined) return problem
+        }
+        return undefined
+      }
+      const prototype = Object.getPrototypeOf(value)
+      if (prototype !== Object.prototype && prototype !== null) return "holds an object that is not a plain one"
+      for (const item of Object.values(value)) {
+        // A field that is undefined is a field that is left out.
+        const problem = item === undefined ? undefined : problemOfValue(item, depth + 1)
+        if (problem !== undefined) return problem
+      }
+      return undefined
+    }
+    default:
+      return `holds a ${typeof value}, which JSON cannot`
   }
-  return deepest
 }
 
-const millisOf = (input: Duration.Input | undefined): number | undefined => {
+/** Milliseconds of an option; `NaN` when it is not a duration. */
+export const millisOf = (input: Duration.Input | undefined): number | undefined => {
   if (input === undefined) return undefined
+  // Duration takes NaN for zero; what comes of `Number(undefined)` must not pass as "now".
+  if (Number.isNaN(input)) return NaN
   return Option.match(Duration.fromInput(input), { onNone: () => NaN, onSome: Duration.toMillis })
 }
 
@@ -261,7 +285,7 @@ const resolveUnique = (rule: string | Unique): Store.UniqueRule | string => {
     return "unique.key must be 1 to 1024 characters without NUL or lone surrogates"
   }
   const held = millisOf(period)
-  if (held !== undefined && !(held >= 1 && held <= latest)) {
+  if (held !== undefined && !(held >= 1 && held <= longestDelay)) {
     return "unique.period must be at least a millisecond and finite"
   }
   return { key, period: held, until, onConflict }

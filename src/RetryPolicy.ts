@@ -48,6 +48,9 @@ export type Retry<E> = Schedule.Schedule<unknown, Failure<E>> | {
   readonly until?: ((error: E) => boolean) | undefined
 }
 
+/** The longest delay, in milliseconds: about 3 000 years ahead, a date that JavaScript and PostgreSQL both can hold. */
+export const longestDelay = 100_000_000_000_000
+
 /** One failed attempt and when it ended, in milliseconds since the epoch. */
 export interface Attempt<E> {
   readonly at: number
@@ -91,7 +94,9 @@ export const next = <E>(
     for (const { at, failure } of attempts) {
       ;[, delay] = yield* step(at, failure)
     }
-    return Option.some(Math.max(0, Duration.toMillis(delay)))
+    const millis = Duration.toMillis(delay)
+    // A delay that never ends is a schedule that has ended.
+    return millis <= longestDelay ? Option.some(Math.max(0, millis)) : Option.none()
   }).pipe(
     Effect.exit,
     Effect.map((exit) => Exit.isSuccess(exit) ? exit.value : Option.none())
