@@ -31,6 +31,9 @@ const Handlers = Layer.mergeAll(
   jobs.Ping.toLayer(() => Effect.flatMap(Ledger, ({ started }) => started))
 )
 
+// The parent holds the other end of stdin; when the parent is gone, however it ended, stdin is closed.
+process.stdin.resume().once("close", () => process.kill(process.pid, "SIGTERM"))
+
 // #region main
 const PgLive = PgClient.layerConfig({ url: Config.Redacted("DATABASE_URL") })
 const QueueLive = JobQueue.layer({ schema: jobs.schema, migrate: false }).pipe(Layer.provideMerge(PgLive))
@@ -52,11 +55,6 @@ const Main = Worker.layer({
   Layer.provide(Ledger.layer),
   Layer.provide(QueueLive)
 )
+
+NodeRuntime.runMain(Layer.launch(Main), { teardown: Worker.teardown })
 // #endregion
-
-/** The parent holds the other end of stdin; when the parent is gone, however it ended, stdin is closed. */
-const parentGone = Effect.callback<void>((resume) => {
-  process.stdin.resume().once("close", () => resume(Effect.void))
-})
-
-NodeRuntime.runMain(Effect.raceFirst(Layer.launch(Main), parentGone), { teardown: Worker.teardown })
