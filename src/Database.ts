@@ -87,7 +87,8 @@ export const make = Effect.fnUntraced(function*(
   }
   const config = ownConfig(client.config)
   const own = yield* PgClient.make({ ...config, maxConnections: options.maxConnections }).pipe(
-    Effect.provideServiceEffect(Reactivity.Reactivity, Reactivity.make)
+    Effect.provideServiceEffect(Reactivity.Reactivity, Reactivity.make),
+    Effect.map((own) => own.withoutTransforms())
   )
   return {
     app,
