@@ -274,7 +274,7 @@ export const millisOf = (input: Duration.Input | undefined): number | undefined 
 }
 
 const epochMillis = (date: DateTime.DateTime | Date): number =>
-  DateTime.isDateTime(date) ? DateTime.toEpochMillis(date) : date.getTime()
+  DateTime.isDateTime(date) ? DateTime.toEpochMillis(date) : Predicate.isDate(date) ? date.getTime() : NaN
 
 const checkMetadata = (metadata: Metadata): unknown =>
   Predicate.isObject(metadata) && Object.values(metadata).every(Predicate.isString) ? metadata : undefined
