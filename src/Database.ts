@@ -152,6 +152,16 @@ export const sqlState = (error: SqlError): string | undefined => {
     : undefined
 }
 
+/**
+ * Describes an error for a log: why, and never with the values of a row.
+ */
+export const describe = (error: unknown): string => {
+  if (!isSqlError(error)) return String(error)
+  const cause = error.reason.cause
+  const detail = sqlState(error) ?? (Predicate.hasProperty(cause, "code") ? String(cause.code) : undefined)
+  return detail === undefined ? error.message : `${error.message}: ${detail}`
+}
+
 /** Raised by the storage when an insert waited for the settle that ended the same job. */
 export const alreadyEnded = "PQ001"
 

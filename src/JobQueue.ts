@@ -135,7 +135,7 @@ const make = Effect.fnUntraced(function*(options: Options) {
   yield* options.onUnavailable === "fail" ? prepare : prepare.pipe(
     Effect.tapError((error) =>
       Database.isTransient(error)
-        ? Effect.logWarning("effect-pgqueue: waiting for the database", error.message)
+        ? Effect.logWarning(`effect-pgqueue: waiting for the database (${Database.describe(error)})`)
         : Effect.void
     ),
     Effect.retry({ while: Database.isTransient, schedule: Database.backoff })

@@ -107,9 +107,12 @@ const body = (
   middleware: ReadonlyArray<Job.Middleware>
 ) => {
   const wrapped = (payload: unknown) => {
-    let run = handling.registered.run(payload, info.kind)
+    const handler = handling.registered.run(payload, info.kind)
+    let run = running.row.timeout_ms === null
+      ? handler
+      : withTimeout(handler, running, info, running.row.timeout_ms)
     for (let i = middleware.length - 1; i >= 0; i--) run = middleware[i]!(run, info)
-    return running.row.timeout_ms === null ? run : withTimeout(run, running, info, running.row.timeout_ms)
+    return run
   }
   return Effect.suspend(() => handling.decode(JSON.parse(running.row.payload))).pipe(
     Effect.mapError((error) => new Undecodable(error.message)),

@@ -116,7 +116,7 @@ export const logged: Job.Middleware = (run, job) =>
   Effect.gen(function*() {
     yield* Effect.logDebug(`job ${job.kind} starts, attempt ${job.attempt} of ${job.maxAttempts}`)
     const [duration, exit] = yield* Effect.timed(Effect.exit(run))
-    const took = Duration.format(duration)
+    const took = `${Math.round(Duration.toMillis(duration))} ms`
     if (Exit.isSuccess(exit)) yield* Effect.logInfo(`job ${job.kind} completed in ${took}`)
     else if (Cause.hasInterruptsOnly(exit.cause)) yield* Effect.logInfo(`job ${job.kind} stopped after ${took}`)
     else yield* Effect.logWarning(`job ${job.kind} failed after ${took}`)
