@@ -1,0 +1,47 @@
+/** A process with one worker. Its options are JSON in the first argument; it says "ready" and dies with its parent. */
+import * as NodeRuntime from "@effect/platform-node/NodeRuntime"
+import * as PgClient from "@effect/sql-pg/PgClient"
+import * as Effect from "effect/Effect"
+import * as Layer from "effect/Layer"
+import * as Redacted from "effect/Redacted"
+import * as References from "effect/References"
+import { JobQueue, Worker } from "../../src/index.ts"
+import { Ledger } from "../support/ledger.ts"
+import { Aside, AsideHandler, Count, CountHandler, Step, StepHandler } from "./jobs.ts"
+
+/** What the tests may say of a worker process. */
+export interface WorkerProgram {
+  readonly url: string
+  /** Also the `application_name` of every session of the queue and the application. */
+  readonly name: string
+  readonly concurrency?: number
+  readonly gracePeriod?: number
+  readonly heartbeat?: number
+  readonly lease?: number
+  readonly rescueInterval?: number
+  readonly pollInterval?: number
+}
+
+process.on("disconnect", () => process.kill(process.pid, "SIGKILL"))
+
+// Sound: the tests write it from the same type.
+const { name, url, ...options } = JSON.parse(process.argv[2]!) as WorkerProgram
+
+const PgLive = PgClient.layer({ url: Redacted.make(url), applicationName: name })
+const QueueLive = JobQueue.layer().pipe(Layer.provideMerge(PgLive))
+const WorkerLive = Worker.layer({ ...options, name, jobs: [Count, Step, Aside] }).pipe(
+  Layer.provide([CountHandler, StepHandler, AsideHandler]),
+  Layer.provide(Ledger.layer(url, name)),
+  Layer.provide(QueueLive)
+)
+const Ready = Layer.effectDiscard(Effect.sync(() => {
+  process.send?.("ready")
+  process.channel?.unref()
+}))
+
+NodeRuntime.runMain(
+  Layer.launch(Ready.pipe(Layer.provide(WorkerLive))).pipe(
+    Effect.provideService(References.MinimumLogLevel, process.env["LOG"] === "debug" ? "Debug" : "Info")
+  ),
+  { teardown: Worker.teardown }
+)

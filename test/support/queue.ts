@@ -1,0 +1,134 @@
+/** A queue under test: a fresh database, the application's client, the ledger, and conditions to wait for. */
+import type { PgClient } from "@effect/sql-pg"
+import { assert } from "@effect/vitest"
+import { Clock, Effect, Layer, Redacted, Schedule, type Scope } from "effect"
+import { SqlClient, type SqlError } from "effect/sql"
+import * as Database from "../../src/Database.ts"
+import { JobQueue, type JobQueueError } from "../../src/index.ts"
+import type * as Queue from "../../src/JobQueue.ts"
+import * as Store from "../../src/Store.ts"
+import { clientLayer, makeDatabase, TestDatabase } from "./database.ts"
+import { createLedger, Ledger } from "./ledger.ts"
+import { assertInPlace, schema, Storage } from "./storage.ts"
+
+/** What {@link withQueue} accepts. */
+export interface QueueOptions {
+  /** The application's pool. */
+  readonly pool?: Omit<PgClient.PgPoolConfig, "url">
+  readonly queue?: Queue.Options
+  /** A server of one's own. */
+  readonly serverUrl?: string
+}
+
+/** What the body of a test has at hand. */
+export type Services = JobQueue | PgClient.PgClient | SqlClient.SqlClient | TestDatabase | Ledger | Scope.Scope
+
+/** A fresh database with a ledger in it. */
+export const databaseWithLedger = (
+  serverUrl?: string
+): Layer.Layer<TestDatabase | Ledger, SqlError.SqlError> =>
+  Layer.effectDiscard(createLedger).pipe(
+    Layer.provideMerge(
+      Layer.unwrap(Effect.map(TestDatabase, ({ url }) => Ledger.layer(Redacted.value(url), "test")))
+    ),
+    Layer.provideMerge(Layer.fresh(Layer.effect(TestDatabase, Effect.suspend(() => makeDatabase(serverUrl)))))
+  )
+
+/** One more queue on the {@link TestDatabase} in the context, with a client of its own: a second process, so to speak. */
+export const queueLayer = (
+  options: QueueOptions = {}
+): Layer.Layer<
+  JobQueue | PgClient.PgClient | SqlClient.SqlClient,
+  SqlError.SqlError | JobQueueError,
+  TestDatabase
+> => Layer.fresh(Layer.provideMerge(JobQueue.layer(options.queue), clientLayer(options.pool)))
+
+/** Runs the body of a test on a queue of its own. Workers that are built in its scope end before the queue does. */
+export const withQueue = <A, E, R>(body: Effect.Effect<A, E, R>, options: QueueOptions = {}) =>
+  Effect.scoped(body).pipe(
+    Effect.provide(Layer.provideMerge(queueLayer(options), databaseWithLedger(options.serverUrl)))
+  )
+
+/** Starts a layer, a worker for instance, in the scope of the test. */
+export const running = <A, E, R>(layer: Layer.Layer<A, E, R>) => Effect.asVoid(Layer.build(Layer.fresh(layer)))
+
+/** The URL of the database under test, for other processes. */
+export const databaseUrl = Effect.map(TestDatabase, ({ url }) => Redacted.value(url))
+
+/** Reads rows, on a connection that belongs to no queue and no application. */
+export const rows = <A extends object = any>(text: string, params?: ReadonlyArray<unknown>) =>
+  Effect.flatMap(Ledger, ({ query }) => query<A>(text, params))
+
+/** Reads the first column of the first row. */
+export const value = <A = number>(text: string, params?: ReadonlyArray<unknown>) =>
+  Effect.map(rows(text, params), ([row]) => Object.values(row ?? {})[0] as A)
+
+/** Milliseconds of the monotonic clock. */
+export const now = Effect.map(Clock.Clock, (clock) => Number(clock.monotonicTimeNanosUnsafe()) / 1_000_000)
+
+/** Waits until a condition holds and returns how long that took, in milliseconds; fails when it takes too long. */
+export const until = Effect.fnUntraced(function*<E, R>(
+  what: string,
+  condition: Effect.Effect<boolean, E, R>,
+  options: { readonly within?: number; readonly every?: number } = {}
+) {
+  const begun = yield* now
+  const within = options.within ?? 20_000
+  while (!(yield* condition)) {
+    if ((yield* now) - begun > within) {
+      return yield* Effect.die(new Error(`not within ${within} ms: ${what}`))
+    }
+    yield* Effect.sleep(options.every ?? 10)
+  }
+  return (yield* now) - begun
+})
+
+/** Waits until the first column of the first row is as expected. */
+export const untilValue = (
+  text: string,
+  expected: unknown,
+  options?: { readonly within?: number; readonly every?: number; readonly params?: ReadonlyArray<unknown> }
+) => {
+  let last: unknown
+  return until(
+    `${text} = ${String(expected)}`,
+    Effect.map(value<unknown>(text, options?.params), (found) => {
+      last = found
+      return found === expected
+    }),
+    options
+  ).pipe(Effect.tapDefect(() => Effect.logError(`found ${String(last)}`)))
+}
+
+/** Waits until every job has ended. */
+export const untilAllEnded = (options?: { readonly within?: number; readonly every?: number }) =>
+  untilValue("select count(*)::int from pgqueue.job", 0, options)
+
+/** Counts the entries of the ledger in one phase. */
+export const phases = (phase: string) => value("select count(*)::int from ledger where phase = $1", [phase])
+
+/** Jobs that were started more than once. */
+export const startedTwice = rows<{ job: string }>(
+  "select job::text from ledger where phase = 'start' group by job having count(*) > 1"
+)
+
+/** Fails unless every job is in exactly one place, and every lease, line entry and key belongs to one. */
+export const allInPlace = Effect.gen(function*() {
+  const { sql } = yield* Ledger
+  const db = yield* Database.make(sql, { maxConnections: 1 })
+  yield* Effect.provideService(assertInPlace, Storage, { sql, db, store: Store.make(db, schema) })
+}).pipe(Effect.scoped)
+
+/** Fails unless the rows are these. */
+export const assertRows = (text: string, expected: ReadonlyArray<object>, params?: ReadonlyArray<unknown>) =>
+  Effect.map(rows(text, params), (found) => assert.deepStrictEqual(found, expected))
+
+/** The middle, or any other part, of some measurements. */
+export const quantile = (measured: ReadonlyArray<number>, part: number): number =>
+  measured.toSorted((a, b) => a - b)[Math.min(measured.length - 1, Math.floor(measured.length * part))]!
+
+/** Repeats a check until it holds, for what is about to become true. */
+export const eventually = <A, E, R>(check: Effect.Effect<A, E, R>) =>
+  Effect.retry(Effect.sandbox(check), Schedule.max([Schedule.spaced("20 millis"), Schedule.recurs(500)]))
+
+export { schema, SqlClient }
