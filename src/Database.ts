@@ -117,17 +117,6 @@ export const inAnyTransaction = (context: Context.Context<never>): boolean =>
   Context.get(context, CurrentTransaction) !== undefined
 
 /**
- * Takes the fiber out of every transaction it is in, for work that must not be part of one.
- */
-export const outsideTransactions = (client: SqlClient.SqlClient) => <A, E, R>(self: Effect.Effect<A, E, R>) =>
-  Effect.updateContext(
-    self,
-    // Sound: R is what `self` needs, and it never needs a transaction service.
-    (context: Context.Context<R>) =>
-      Context.omit(client.transactionService, CurrentTransaction)(context) as Context.Context<R>
-  )
-
-/**
  * Turns a lost connection inside a transaction back into a typed failure.
  *
  * **Details**
@@ -182,6 +171,27 @@ export const isTransient = (error: unknown): boolean => {
   return state === alreadyEnded ||
     /^(08|40|53|58|57P|57014|55P03|25006|25P0[23]|XX000|0A000|26000)/.test(state)
 }
+
+/**
+ * Returns `true` when the values of a statement are at fault, so that the same statement without them would succeed:
+ * bad data (22), a constraint (23), something too large (54), or what the driver could not encode.
+ */
+export const isDataFault = (error: unknown): boolean => {
+  if (!isSqlError(error) || isTransient(error)) return false
+  const state = sqlState(error)
+  return state === undefined ? error.reason._tag === "UnknownError" : /^(22|23|54)/.test(state)
+}
+
+/**
+ * Returns `true` when an error means that a connection was lost, or never came to be.
+ */
+export const isConnectionLoss = (error: unknown): boolean =>
+  isSqlError(error) && isTransient(error) && /^(08|57P|25006|58|53)/.test(sqlState(error) ?? "08")
+
+/**
+ * Returns `true` when the server gave up a statement because it took too long.
+ */
+export const isStatementTimeout = (error: unknown): boolean => isSqlError(error) && sqlState(error) === "57014"
 
 /**
  * Waits between tries of a statement that failed for a transient reason: 0.1 s doubling to 1 s, with jitter.

@@ -45,6 +45,18 @@ export class EnqueueError extends Schema.TaggedError<EnqueueError>()("EnqueueErr
 export type JobId = string & { readonly "~JobId": never }
 
 /**
+ * What an enqueue did. `existing`: nothing was inserted, `id` is that of the job that holds the key or the id.
+ * `replaced`: a waiting job got the new payload, `id` is that job's.
+ *
+ * @category models
+ * @since 0.1.0
+ */
+export interface Enqueued {
+  readonly id: JobId
+  readonly status: "inserted" | "existing" | "replaced"
+}
+
+/**
  * Text that travels with a job and is not part of its payload: tenant, request id, source.
  *
  * @category models
@@ -198,7 +210,7 @@ export const resolve = Effect.fnUntraced(function*<P extends Schema.Top>(
 /**
  * Returns why a name cannot be used, or `undefined` when it can.
  */
-export const problemOfName = (what: string, name: string, limit: number): string | undefined =>
+const problemOfName = (what: string, name: string, limit: number): string | undefined =>
   !Predicate.isString(name) || name.length === 0 || name.length > limit || !name.isWellFormed() ||
     // eslint-disable-next-line no-control-regex -- control characters are what is looked for
     /[\u0000-\u001f\u007f]/.test(name)
@@ -287,6 +299,10 @@ const resolveUnique = (rule: string | Unique): Store.UniqueRule | string => {
   const held = millisOf(period)
   if (held !== undefined && !(held >= 1 && held <= longestDelay)) {
     return "unique.period must be at least a millisecond and finite"
+  }
+  if (until !== "started" && until !== "finished") return `unique.until must be "started" or "finished"`
+  if (onConflict !== "keep" && onConflict !== "replace" && onConflict !== "debounce") {
+    return `unique.onConflict must be "keep", "replace" or "debounce"`
   }
   return { key, period: held, until, onConflict }
 }

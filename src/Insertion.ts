@@ -35,7 +35,7 @@ export interface UniqueRule {
 }
 
 /** The parameters of `insert`. */
-export const columnsOf = (jobs: ReadonlyArray<NewJob>): Array<unknown> => [
+export const columnsOf = (jobs: ReadonlyArray<NewJob>, patience?: number): Array<unknown> => [
   jobs.map((job) => job.id),
   jobs.map((job) => job.kind),
   jobs.map((job) => job.queue),
@@ -46,16 +46,16 @@ export const columnsOf = (jobs: ReadonlyArray<NewJob>): Array<unknown> => [
   jobs.map((job) => job.timeout === undefined ? "" : String(job.timeout)),
   jobs.map((job) => job.payload),
   jobs.map((job) => job.metadata),
-  jobs.map((job) => job.trace ?? "")
+  jobs.map((job) => job.trace ?? ""),
+  patience === undefined ? "" : String(patience)
 ]
 
 /** The parameters of `insertUnique`. */
-export const keyedColumnsOf = (jobs: ReadonlyArray<NewJob>, patience: number | undefined): Array<unknown> => [
-  ...columnsOf(jobs),
+export const keyedColumnsOf = (jobs: ReadonlyArray<NewJob>, patience?: number): Array<unknown> => [
+  ...columnsOf(jobs, patience),
   jobs.map((job) => job.unique!.key),
   jobs.map((job) => job.unique!.until),
-  jobs.map((job) => job.unique!.period === undefined ? "" : String(job.unique!.period)),
-  patience === undefined ? "" : String(patience)
+  jobs.map((job) => job.unique!.period === undefined ? "" : String(job.unique!.period))
 ]
 
 /**
@@ -64,8 +64,11 @@ export const keyedColumnsOf = (jobs: ReadonlyArray<NewJob>, patience: number | u
 export const statements = (s: string) => {
   // Ids that have ended are dropped before anything is inserted. `offset 0` keeps this a look-up per row: as a join,
   // or a hashed subplan, it reads the whole history. One clock for the statement, so that a batch keeps its order by id.
-  const input = (extra: string, extraColumns: string, keyed: boolean) =>
-    `clock as materialized (select clock_timestamp() as now${extra}),
+  // The lock timeout is for the one wait there can be: another transaction that has taken an id or a key and not ended.
+  const input = (extraColumns: string, keyed: boolean) =>
+    `clock as materialized (
+      select clock_timestamp() as now, case when $12::text <> '' then set_config('lock_timeout', $12::text, true) end as patience
+    ),
     input as materialized (
       select ${
       keyed ? "distinct on (i.id) " : ""
@@ -74,7 +77,7 @@ export const statements = (s: string) => {
           case when i.run_at = '' then clock.now + i.delay::float8 * interval '1 millisecond'
           else timestamptz 'epoch' + i.run_at::float8 * interval '1 millisecond' end) as run_at${extraColumns}
       from clock, unnest($1::uuid[], $2::text[], $3::text[], $4::int2[], $5::text[], $6::text[], $7::int4[], $8::text[],
-        $9::json[], $10::json[], $11::text[]${keyed ? ", $12::text[], $13::text[], $14::text[]" : ""})
+        $9::json[], $10::json[], $11::text[]${keyed ? ", $13::text[], $14::text[], $15::text[]" : ""})
         as i(id, kind, queue, priority, delay, run_at, max_attempts, timeout_ms, payload, metadata, trace${
       keyed ? ", key, until, period" : ""
     })
@@ -95,14 +98,13 @@ export const statements = (s: string) => {
     select count(*)::int4 as count, array_to_string(array_agg(id), ',') as ids,
       ${s}.refuse_finished(coalesce(array_agg(id), '{}'), ${expected})::text as checked from inserted`
 
-  const insert = `with ${input("", "", false)}, ${insertion("input", "null", "0")}`
+  const insert = `with ${input("", false)}, ${insertion("input", "null", "0")}`
   // An id that is there already takes no key with it: nobody would ever give that key back. One that comes in at the same
   // time has won a key and inserts nothing; that is refused at the end, and the filter drops it when it is sent again.
   // Keys are taken in order, so that two batches cannot deadlock, and with DO NOTHING, so that the holder is never
-  // locked. The lock timeout is for the one wait that is left: another transaction that has taken the key and not ended.
+  // locked.
   const insertUnique = `with ${
     input(
-      ", case when $15::text <> '' then set_config('lock_timeout', $15::text, true) end as patience",
       `, ${s}.hash_key(i.kind, i.key) as key, i.until,
         case when i.period <> '' then clock.now + i.period::float8 * interval '1 millisecond' end as expires_at`,
       true

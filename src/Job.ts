@@ -13,12 +13,19 @@ import type * as Scope from "effect/Scope"
 import type { SqlError } from "effect/sql/SqlError"
 import type { Current, Ended, Unhandled } from "./Current.ts"
 import * as Enqueue from "./Enqueue.ts"
-import { type Enqueued, JobQueue } from "./JobQueue.ts"
+import { JobQueue } from "./JobQueue.ts"
 import type { Retry } from "./RetryPolicy.ts"
 
 export { cancel, Current, discard, type Ended, type Info, type Middleware, snooze, type Unhandled } from "./Current.ts"
-export { EnqueueError, type EnqueueOptions, type JobId, type Metadata, type Priority, type Unique } from "./Enqueue.ts"
-export type { Enqueued } from "./JobQueue.ts"
+export {
+  type Enqueued,
+  EnqueueError,
+  type EnqueueOptions,
+  type JobId,
+  type Metadata,
+  type Priority,
+  type Unique
+} from "./Enqueue.ts"
 export { defaultSchedule, type Failure, type Retry } from "./RetryPolicy.ts"
 
 const TypeId = "~effect-pgqueue/Job"
@@ -165,7 +172,7 @@ export interface Job<
    */
   readonly enqueue: (
     ...args: Arguments<P>
-  ) => Effect.Effect<Enqueued, Enqueue.EnqueueError | SqlError, JobQueue | P["EncodingServices"]>
+  ) => Effect.Effect<Enqueue.Enqueued, Enqueue.EnqueueError | SqlError, JobQueue | P["EncodingServices"]>
 
   /**
    * Enqueues many jobs, all or none, in statements of at most 1 000 and one transaction.
@@ -180,7 +187,7 @@ export interface Job<
       | Omit<Enqueue.EnqueueOptions, "id" | "unique">
       | ((payload: P["Type"], index: number) => Enqueue.EnqueueOptions)
   ) => Effect.Effect<
-    ReadonlyArray<Enqueued>,
+    ReadonlyArray<Enqueue.Enqueued>,
     Enqueue.EnqueueError | SqlError,
     JobQueue | P["EncodingServices"]
   >
@@ -312,17 +319,18 @@ const define = (
     key: Context.Service<unknown, Registered>(`effect-pgqueue/Job/Handler/${isFamily ? "*" : "="}${name}`)
   }
   const encode = Schema.encodeEffect(Schema.toCodecJson(payloadSchema))
+  // What may be left out is `undefined` where the schema takes that, as Void does, and no fields otherwise.
+  const takesUndefined = Schema.is(payloadSchema)(undefined)
   const resolve = (
     payload: unknown,
     own: Enqueue.EnqueueOptions | ((payload: unknown) => Enqueue.EnqueueOptions)
   ) =>
-    // Void payloads may be left out, and fields that are all optional.
     Enqueue.resolve(
       name,
       payloadSchema,
       encode,
       defaults,
-      payload === undefined && !isVoid(payloadSchema) ? {} : payload,
+      payload === undefined && !takesUndefined ? {} : payload,
       own
     )
 
@@ -358,5 +366,3 @@ const define = (
       )
   })
 }
-
-const isVoid = (schema: Schema.Top): boolean => schema.ast._tag === "Void" || schema.ast._tag === "Undefined"

@@ -6,33 +6,20 @@
  */
 import * as Config from "effect/Config"
 import * as Context from "effect/Context"
-import * as Deferred from "effect/Deferred"
 import * as Effect from "effect/Effect"
 import * as Layer from "effect/Layer"
-import * as Schedule from "effect/Schedule"
-import type * as Scope from "effect/Scope"
 import * as SqlClient from "effect/sql/SqlClient"
 import type { SqlError } from "effect/sql/SqlError"
 import * as Bounded from "./Bounded.ts"
 import * as Database from "./Database.ts"
-import { EnqueueError, type JobId } from "./Enqueue.ts"
+import { type Enqueued, EnqueueError } from "./Enqueue.ts"
+import * as Grouping from "./Grouping.ts"
 import * as Migrations from "./Migrations.ts"
 import * as Store from "./Store.ts"
+import * as UniqueKeys from "./UniqueKeys.ts"
 import * as Wakeup from "./Wakeup.ts"
 
 export { JobQueueError } from "./Migrations.ts"
-
-/**
- * What an enqueue did. `existing`: nothing was inserted, `id` is that of the job that holds the key or the id.
- * `replaced`: a waiting job got the new payload, `id` is that job's.
- *
- * @category models
- * @since 0.1.0
- */
-export interface Enqueued {
-  readonly id: JobId
-  readonly status: "inserted" | "existing" | "replaced"
-}
 
 /**
  * The counts of one queue and kind.
@@ -109,22 +96,18 @@ export class JobQueue extends Context.Service<JobQueue, {
     Layer.effect(JobQueue, Effect.flatMap(Config.unwrap(options), make))
 }
 
-/** The most rows of one insert: beyond it nothing is gained, and one statement must not hold its locks for long. */
-const maxRows = 1000
-
-/** How long an enqueue waits out an outage before it fails. */
-const patience = "10 seconds"
-
 const make = Effect.fnUntraced(function*(options: Options) {
   const schema = options.schema ?? "pgqueue"
+  const invalid = (message: string) => new Migrations.JobQueueError({ reason: "InvalidOption", message })
   if (!Database.isSchemaName(schema)) {
-    return yield* new Migrations.JobQueueError({
-      reason: "InvalidOption",
-      message: "schema must match [a-z_][a-z0-9_]* and have at most 41 characters"
-    })
+    return yield* invalid("schema must match [a-z_][a-z0-9_]* and have at most 41 characters")
+  }
+  const maxConnections = options.maxConnections ?? 5
+  if (!Number.isInteger(maxConnections) || maxConnections < 1) {
+    return yield* invalid("maxConnections must be a positive integer")
   }
   const client = yield* SqlClient.SqlClient
-  const database = yield* Bounded.open(Database.make(client, { maxConnections: options.maxConnections ?? 5 }))
+  const database = yield* Bounded.open(Database.make(client, { maxConnections }))
   const store = Store.make(database, schema)
 
   const prepare = Effect.gen(function*() {
@@ -142,119 +125,14 @@ const make = Effect.fnUntraced(function*(options: Options) {
   )
   const wakeup = yield* Bounded.open(Wakeup.make(database, schema))
   const mode = database.connect === undefined ? "poll" : "listen"
-  yield* Effect.logDebug(`effect-pgqueue: schema "${schema}", ${mode === "listen" ? "LISTEN/NOTIFY" : "polling only"}`)
+  yield* Effect.logInfo(`effect-pgqueue: schema "${schema}", ${mode === "listen" ? "LISTEN/NOTIFY" : "polling only"}`)
 
-  // ---------------------------------------------------------------------------
-  // Grouping
-  // ---------------------------------------------------------------------------
-
-  /** A job that waits for the next statement. */
-  interface Waiting {
-    readonly job: Store.NewJob
-    readonly result: Deferred.Deferred<Enqueued, SqlError>
-  }
-  const scope = yield* Bounded.open(Effect.scope)
-  const context = yield* Effect.context<SqlClient.SqlClient | Scope.Scope>()
-  // In the layer's context, not in that of whichever caller happened to be first.
-  const forkSender = (sender: Effect.Effect<void>) =>
-    Effect.forkIn(
-      Effect.updateContext(Effect.withTracerEnabled(sender, false), (_caller: Context.Context<never>) => context),
-      scope
-    )
-
-  const succeed = (waiting: Waiting, enqueued: Enqueued) => {
-    if (enqueued.status !== "existing") wakeup.mark(waiting.job.queue, delayOf(waiting.job))
-    Deferred.doneUnsafe(waiting.result, Effect.succeed(enqueued))
-  }
-  const failAll = (group: ReadonlyArray<Waiting>, error: SqlError) =>
-    Effect.sync(() => group.forEach(({ result }) => Deferred.doneUnsafe(result, Effect.fail(error))))
-
-  /** Sends a group; when the data of one is refused, halves it until the bad neighbour is alone. */
-  const sendPlain = (group: ReadonlyArray<Waiting>): Effect.Effect<void> =>
-    persistently(store.insert(group.map(({ job }) => job), false)).pipe(
-      Effect.matchEffect({
-        onSuccess: (inserted) =>
-          Effect.sync(() =>
-            group.forEach((waiting) => succeed(waiting, enqueuedAs(waiting.job, inserted.has(waiting.job.id))))
-          ),
-        onFailure: (error) =>
-          group.length === 1 || Database.isTransient(error) ? failAll(group, error) : halves(group, sendPlain)
-      })
-    )
-
-  /**
-   * Sends jobs with keys. Whoever meets a key in a transaction that has not ended waits apart from the others: nobody
-   * else is held up for longer than the few milliseconds it takes to find it.
-   */
-  const sendKeyed = (group: ReadonlyArray<Waiting>): Effect.Effect<void> =>
-    persistently(settleKeys(group.map(({ job }) => job), false, 4)).pipe(
-      Effect.matchEffect({
-        onSuccess: (enqueued) => Effect.sync(() => group.forEach((waiting, i) => succeed(waiting, enqueued[i]!))),
-        onFailure: (error) => {
-          if (Database.sqlState(error) === "55P03") {
-            return group.length > 1 ? halves(group, sendKeyed) : Effect.asVoid(forkSender(waitForKey(group[0]!)))
-          }
-          return group.length === 1 || Database.isTransient(error) ? failAll(group, error) : halves(group, sendKeyed)
-        }
-      })
-    )
-  const waitForKey = (waiting: Waiting): Effect.Effect<void> =>
-    persistently(settleKeys([waiting.job], false, 100)).pipe(
-      Effect.retry({
-        while: (error) => Database.sqlState(error) === "55P03" && !Deferred.isDoneUnsafe(waiting.result),
-        schedule: Schedule.jittered(Schedule.spaced("20 millis"))
-      }),
-      Effect.matchEffect({
-        onSuccess: ([enqueued]) => Effect.sync(() => succeed(waiting, enqueued!)),
-        onFailure: (error) => failAll([waiting], error)
-      })
-    )
-  const plain = makeGroup(sendPlain, forkSender)
-  const keyed = makeGroup(sendKeyed, forkSender)
-
-  /**
-   * Inserts jobs with keys; the losers read the holders, in a second statement, and ask again when one has just ended.
-   */
-  const settleKeys = (
-    jobs: ReadonlyArray<Store.NewJob>,
-    inUserTransaction: boolean,
-    lockTimeout: number | undefined
-  ): Effect.Effect<ReadonlyArray<Enqueued>, SqlError> =>
-    Effect.gen(function*() {
-      const done = new Map<string, Enqueued>()
-      let open = jobs
-      while (open.length > 0) {
-        const inserted = yield* store.insertUnique(open, inUserTransaction, lockTimeout)
-        for (const job of open) if (inserted.has(job.id)) done.set(job.id, enqueuedAs(job, true))
-        const losers = open.filter((job) => !inserted.has(job.id))
-        if (losers.length === 0) break
-        const holders = new Map(
-          (yield* store.holders(losers, inUserTransaction)).map((holder) => [holder.id, holder] as const)
-        )
-        const expired: Array<Store.NewJob> = []
-        const again: Array<Store.NewJob> = []
-        for (const job of losers) {
-          const holder = holders.get(job.id)
-          if (holder === undefined) again.push(job)
-          else if (holder.expired) expired.push(job)
-          // A replay: the key is held by this very job.
-          else if (holder.holder === job.id) done.set(job.id, enqueuedAs(job, true))
-          else {
-            const replaced = job.unique!.onConflict !== "keep" &&
-              (yield* store.replace(holder.holder, job, inUserTransaction))
-            // Sound: the holder of a key is a job of this queue.
-            done.set(job.id, { id: holder.holder as JobId, status: replaced ? "replaced" : "existing" })
-          }
-        }
-        if (expired.length > 0) yield* store.expireKeys(expired, inUserTransaction)
-        open = [...again, ...expired]
-      }
-      return jobs.map((job) => done.get(job.id)!)
-    })
-
-  // ---------------------------------------------------------------------------
-  // Entrances
-  // ---------------------------------------------------------------------------
+  const enqueue = yield* Grouping.make({
+    store,
+    onEnqueued: (job, { status }) => {
+      if (status !== "existing") wakeup.mark(job.queue, delayOf(job))
+    }
+  })
 
   /** Whether this fiber's transaction is the queue's client's. Checked at the call, before any grouping. */
   const inTransaction = (kind: () => string): Effect.Effect<boolean, EnqueueError> =>
@@ -274,23 +152,22 @@ const make = Effect.fnUntraced(function*(options: Options) {
   /** Inserts in the caller's transaction, and wakes only after it has committed. */
   const insertHere = (jobs: ReadonlyArray<Store.NewJob>): Effect.Effect<ReadonlyArray<Enqueued>, SqlError> =>
     Effect.gen(function*() {
-      const enqueued = new Map<string, Enqueued>()
+      const enqueued = new Map<Store.NewJob, Enqueued>()
+      const manner = { inUserTransaction: true, patience: undefined }
       for (const part of parts(jobs.filter((job) => job.unique === undefined))) {
-        const inserted = yield* store.insert(part, true)
-        for (const job of part) enqueued.set(job.id, enqueuedAs(job, inserted.has(job.id)))
+        const done = yield* UniqueKeys.insertPlain(store, part, manner)
+        part.forEach((job, index) => enqueued.set(job, done[index]!))
       }
-      for (const part of parts(jobs.filter((job) => job.unique !== undefined))) {
-        const settled = yield* settleKeys(part, true, undefined)
-        part.forEach((job, index) => enqueued.set(job.id, settled[index]!))
+      for (const part of parts(UniqueKeys.inKeyOrder(jobs.filter((job) => job.unique !== undefined)))) {
+        const done = yield* UniqueKeys.insertKeyed(store, part, manner)
+        part.forEach((job, index) => enqueued.set(job, done[index]!))
       }
       const due = new Map<string, number>()
-      for (const job of jobs) {
-        if (enqueued.get(job.id)!.status !== "existing") {
-          due.set(job.queue, Math.min(due.get(job.queue) ?? Infinity, delayOf(job)))
-        }
+      for (const [job, { status }] of enqueued) {
+        if (status !== "existing") due.set(job.queue, Math.min(due.get(job.queue) ?? Infinity, delayOf(job)))
       }
       yield* client.afterCommit(Effect.sync(() => due.forEach((delay, queue) => wakeup.mark(queue, delay))))
-      return jobs.map((job) => enqueued.get(job.id)!)
+      return jobs.map((job) => enqueued.get(job)!)
     })
 
   return JobQueue.of({
@@ -302,9 +179,7 @@ const make = Effect.fnUntraced(function*(options: Options) {
         Effect.flatMap(inTransaction(() => job.kind), (here) =>
           here
             ? Effect.map(insertHere([job]), ([enqueued]) => enqueued!)
-            : job.unique === undefined
-            ? plain(job)
-            : keyed(job))),
+            : enqueue(job))),
     enqueueAll: (resolve) =>
       Effect.flatMap(resolve, (jobs) =>
         Effect.flatMap(inTransaction(() => jobs[0]?.kind ?? ""), (here) => {
@@ -314,80 +189,16 @@ const make = Effect.fnUntraced(function*(options: Options) {
           return client.withTransaction(insertHere(jobs)).pipe(
             Effect.provideService(SqlClient.BeginTransaction, "BEGIN ISOLATION LEVEL READ COMMITTED"),
             Database.typedTransaction,
-            persistently
+            Grouping.persistently
           )
         })),
     internal: { database, store, wakeup }
   })
 })
 
-/**
- * Collects what arrives while the last statement is in flight into the next one: a group commit.
- */
-const makeGroup = (
-  send: (
-    group: ReadonlyArray<{ readonly job: Store.NewJob; readonly result: Deferred.Deferred<Enqueued, SqlError> }>
-  ) => Effect.Effect<void>,
-  fork: (sender: Effect.Effect<void>) => Effect.Effect<unknown>
-) => {
-  let waiting: Array<{ readonly job: Store.NewJob; readonly result: Deferred.Deferred<Enqueued, SqlError> }> = []
-  let sending = false
-  const sender = Effect.gen(function*() {
-    while (waiting.length > 0) {
-      const group = waiting.splice(0, maxRows)
-      yield* Effect.onInterrupt(send(group), () => Effect.sync(() => giveUp(group)))
-    }
-  }).pipe(
-    Effect.onInterrupt(() => Effect.sync(() => giveUp(waiting.splice(0)))),
-    Effect.ensuring(Effect.sync(() => {
-      sending = false
-    }))
-  )
-  // The layer is closing: nobody must wait for an answer that will not come.
-  const giveUp = (group: ReadonlyArray<{ readonly result: Deferred.Deferred<Enqueued, SqlError> }>) =>
-    group.forEach(({ result }) => Deferred.doneUnsafe(result, Effect.interrupt))
-  return (job: Store.NewJob): Effect.Effect<Enqueued, SqlError> =>
-    Effect.suspend(() => {
-      const entry = { job, result: Deferred.makeUnsafe<Enqueued, SqlError>() }
-      waiting.push(entry)
-      const awaited = Deferred.await(entry.result).pipe(
-        // Not sent yet: then it never is. Sent: the caller does not learn what became of it.
-        Effect.onInterrupt(() =>
-          Effect.sync(() => {
-            waiting = waiting.filter((other) => other !== entry)
-            Deferred.doneUnsafe(entry.result, Effect.interrupt)
-          })
-        )
-      )
-      if (sending) return awaited
-      sending = true
-      return Effect.andThen(fork(sender), awaited)
-    })
-}
-
-/** Tries again through an outage, for a while. The ids are the same each time, so nothing is inserted twice. */
-const persistently = <A, R>(self: Effect.Effect<A, SqlError, R>): Effect.Effect<A, SqlError, R> =>
-  Effect.retry(self, {
-    // A lock timeout is for the caller to deal with.
-    while: (error) => Database.isTransient(error) && Database.sqlState(error) !== "55P03",
-    schedule: Schedule.upTo(Database.backoff, { duration: patience })
-  })
-
-const halves = <A>(group: ReadonlyArray<A>, send: (half: ReadonlyArray<A>) => Effect.Effect<void>) => {
-  const middle = group.length >> 1
-  return Effect.andThen(send(group.slice(0, middle)), send(group.slice(middle)))
-}
-
 function* parts<A>(all: ReadonlyArray<A>) {
-  for (let start = 0; start < all.length; start += maxRows) yield all.slice(start, start + maxRows)
+  for (let start = 0; start < all.length; start += Grouping.maxRows) yield all.slice(start, start + Grouping.maxRows)
 }
-
-// Sound: ids are made or checked in `Enqueue.resolve`.
-const enqueuedAs = (job: Store.NewJob, inserted: boolean): Enqueued => ({
-  id: job.id as JobId,
-  // An id of our own that is there already was inserted by an earlier send whose answer was lost.
-  status: inserted || job.idGiven !== true ? "inserted" : "existing"
-})
 
 /** How far away a job is; an instant is compared with nothing here, the worker looks at the database's clock. */
 const delayOf = (job: Store.NewJob): number => job.runAt === undefined ? job.delay : 0

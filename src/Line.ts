@@ -74,7 +74,9 @@ const decayed = (line: Line, now: number): number => line.endings * Math.exp((li
  */
 export const wanted = (line: Line, now: number): number => {
   const free = Math.max(0, line.concurrency - line.running)
-  const reserve = Math.min(mostClaimed, Math.floor(decayed(line, now)))
+  // Nothing ahead of handlers that do not end: what was handed back would be claimed again at once.
+  const held = free === 0 && now - line.movedAt >= stuckAfter
+  const reserve = held ? 0 : Math.min(mostClaimed, Math.floor(decayed(line, now)))
   const room = free + reserve - line.buffer.length
   // Half the reserve at a time, or every job that ends would cost a claim.
   return room >= Math.max(1, reserve / 2) || (room > 0 && free > line.buffer.length) ? Math.min(room, mostClaimed) : 0

@@ -4,7 +4,6 @@
  * @since 0.1.0
  */
 import type * as PgConnection from "@effect/sql-pg/PgConnection"
-import * as Cause from "effect/Cause"
 import * as Clock from "effect/Clock"
 import { SecureRandom } from "effect/crypto"
 import * as Effect from "effect/Effect"
@@ -13,6 +12,7 @@ import type * as Scope from "effect/Scope"
 import type { SqlError } from "effect/sql/SqlError"
 import * as Bounded from "./Bounded.ts"
 import * as Database from "./Database.ts"
+import * as Episode from "./Episode.ts"
 import { monotonic } from "./Run.ts"
 import * as Store from "./Store.ts"
 
@@ -47,8 +47,11 @@ export const make = Effect.fnUntraced(function*(options: {
   readonly beat: number
   /** The leases this process knows of, with whether the answer to their claim has arrived. */
   readonly leases: () => ReadonlyMap<string, { readonly confirmed: boolean }>
-  /** These leases are no longer ours; all of them when `undefined`. */
-  readonly onLost: (leases: ReadonlyArray<string> | undefined) => void
+  /**
+   * These leases are no longer ours; all of them when `undefined`. `blocked`: this process did not get to its heartbeats,
+   * and one of its jobs may be the reason.
+   */
+  readonly onLost: (leases: ReadonlyArray<string> | undefined, blocked: boolean) => void
   /** These jobs are marked as cancelled. */
   readonly onCancelled: (jobs: ReadonlyArray<string>) => void
   /** The worker may start jobs again. */
@@ -59,6 +62,7 @@ export const make = Effect.fnUntraced(function*(options: {
   // Handlers must have stopped before the lease can end elsewhere.
   const margin = options.lease / 6
   const kick = Latch.makeUnsafe(false)
+  const episode = Episode.make("the heartbeat")
   let id = SecureRandom.uuidV4Unsafe()
   let registered = false
   /** When the last beat that succeeded was sent, and since when every one has. */
@@ -71,12 +75,10 @@ export const make = Effect.fnUntraced(function*(options: {
   const inTime = () => now() - lastBeat < options.lease - margin
   const alive = () => registered && inTime() && lastBeat > doubted
 
-  const lose = (leases: ReadonlyArray<string> | undefined) => {
-    if (leases === undefined) {
-      aliveSince = Infinity
-      lost = true
-    }
-    options.onLost(leases)
+  const loseAll = (blocked: boolean) => {
+    aliveSince = Infinity
+    lost = true
+    options.onLost(undefined, blocked)
   }
 
   const register = Effect.gen(function*() {
@@ -85,46 +87,49 @@ export const make = Effect.fnUntraced(function*(options: {
     registered = true
   })
 
-  const beat = Effect.fnUntraced(function*(
+  const beat = (
     send: (text: string, params: ReadonlyArray<unknown>) => Effect.Effect<ReadonlyArray<unknown>, SqlError>
-  ) {
-    yield* register
-    const sent = now()
-    // Judged are only leases whose claim was answered before the comparison was sent.
-    const confirmed = [...options.leases()].filter(([, lease]) => lease.confirmed).map(([lease]) => lease)
-    const rows = yield* Bounded.bounded(send(options.store.beatText, [id]), options.lease / 3)
-    // Sound: the columns of `beatText`.
-    const answer = Store.readBeat(rows as Parameters<typeof Store.readBeat>[0])
-    if (!answer.alive) {
-      yield* Effect.logWarning(
-        `effect-pgqueue: worker ${id} was declared dead; its jobs are interrupted, it starts again`
-      )
-      lose(undefined)
-      id = SecureRandom.uuidV4Unsafe()
-      registered = false
-      return yield* beat(send)
-    }
-    const here = new Set(answer.leases.map((lease) => lease.id))
-    const missing = confirmed.filter((lease) => !here.has(lease))
-    if (missing.length > 0) lose(missing)
-    const known = options.leases()
-    const unknown = answer.leases.filter((lease) => !known.has(lease.id) && lease.age > forgotten)
-    if (unknown.length > 0) {
-      yield* Bounded.bounded(options.store.release(id, unknown.map((lease) => lease.id)), options.lease / 3)
-    }
-    if (answer.cancelled.length > 0) options.onCancelled(answer.cancelled)
-    lastBeat = sent
-    if (lost) aliveSince = sent
-    lost = false
-    if (alive()) options.onAlive()
-  }) as (
-    send: (text: string, params: ReadonlyArray<unknown>) => Effect.Effect<ReadonlyArray<unknown>, SqlError>
-  ) => Effect.Effect<void, SqlError | Bounded.TimedOut>
+  ) =>
+    Effect.gen(function*() {
+      yield* register
+      // Before the beat is sent: a doubt that comes while it is out wants another one.
+      kick.closeUnsafe()
+      const sent = now()
+      // Judged are only leases whose claim was answered before the comparison was sent.
+      const confirmed = [...options.leases()].filter(([, lease]) => lease.confirmed).map(([lease]) => lease)
+      const rows = yield* Bounded.bounded(send(options.store.beatText, [id]), options.lease / 3)
+      // Sound: the columns of `beatText`.
+      const answer = Store.readBeat(rows as Parameters<typeof Store.readBeat>[0])
+      if (!answer.alive) {
+        yield* Effect.logWarning(
+          `effect-pgqueue: worker ${id} was declared dead; its jobs are interrupted, it starts again under a new id`
+        )
+        loseAll(false)
+        id = SecureRandom.uuidV4Unsafe()
+        registered = false
+        kick.openUnsafe()
+        return
+      }
+      const here = new Set(answer.leases.map((lease) => lease.id))
+      const missing = confirmed.filter((lease) => !here.has(lease))
+      if (missing.length > 0) options.onLost(missing, false)
+      if (answer.cancelled.length > 0) options.onCancelled(answer.cancelled)
+      lastBeat = sent
+      if (lost) aliveSince = sent
+      lost = false
+      if (alive()) options.onAlive()
+      const known = options.leases()
+      const unknown = answer.leases.filter((lease) => !known.has(lease.id) && lease.age > forgotten)
+      if (unknown.length > 0) {
+        // What cannot be handed back now is found again by the next beat.
+        yield* Effect.ignoreCause(
+          Bounded.bounded(options.store.release(id, unknown.map((lease) => lease.id)), options.lease / 3)
+        )
+      }
+      yield* episode.succeeded
+    })
 
-  const pause = Effect.suspend(() => {
-    kick.closeUnsafe()
-    return Effect.timeoutOption(kick.await, options.beat)
-  })
+  const pause = Effect.timeoutOption(kick.await, options.beat)
 
   const beats = (session: PgConnection.PgConnection | undefined) =>
     beat(
@@ -141,14 +146,18 @@ export const make = Effect.fnUntraced(function*(options: {
     : Effect.flatMap(options.database.connect(), beats)
 
   // Decided by this process's own monotonic clock, never by waiting for an answer.
+  const glance = Math.max(50, margin / 4)
   const watch = Effect.gen(function*() {
-    yield* Effect.sleep(Math.max(50, margin / 4))
-    if (!lost && !inTime()) {
-      yield* Effect.logWarning(
-        `effect-pgqueue: no heartbeat of worker ${id} got through in time; its jobs are interrupted`
-      )
-      lose(undefined)
-    }
+    const slept = now()
+    yield* Effect.sleep(glance)
+    if (lost || inTime()) return
+    const blocked = now() - slept - glance > margin / 2
+    yield* Effect.logWarning(
+      `effect-pgqueue: no heartbeat of worker ${id} got through in time${
+        blocked ? ", because a job kept this process from running" : ""
+      }; its jobs are interrupted`
+    )
+    loseAll(blocked)
   }).pipe(Effect.forever)
 
   const liveness: Liveness = {
@@ -165,7 +174,7 @@ export const make = Effect.fnUntraced(function*(options: {
         Effect.sandbox,
         Effect.tapError((cause) => {
           doubted = now()
-          return Effect.logDebug("effect-pgqueue: the heartbeat lost its connection", Cause.pretty(cause))
+          return episode.failed(cause)
         }),
         Effect.retry(Database.backoff),
         Effect.orDie

@@ -10,8 +10,10 @@ import { SecureRandom } from "effect/crypto"
 import * as Deferred from "effect/Deferred"
 import * as Effect from "effect/Effect"
 import * as Latch from "effect/Latch"
+import { isSqlError, type SqlError } from "effect/sql/SqlError"
 import * as Bounded from "./Bounded.ts"
-import type * as Database from "./Database.ts"
+import * as Database from "./Database.ts"
+import * as Episode from "./Episode.ts"
 import type * as Job from "./Job.ts"
 import * as Line from "./Line.ts"
 import * as Liveness from "./Liveness.ts"
@@ -30,8 +32,16 @@ export interface Loop {
   /** Stops as promised, inside the grace period and 5 s. */
   readonly drain: Effect.Effect<void>
   /** Waits until nothing is due and nothing runs. */
-  readonly idle: Effect.Effect<void>
+  readonly idle: Effect.Effect<void, SqlError>
   readonly counts: () => { readonly completed: number; readonly failed: number }
+}
+
+/** What a claim brought. */
+interface Claimed {
+  readonly taken: number
+  readonly sweep: boolean
+  /** When it was sent, by this process's monotonic clock. */
+  readonly sentAt: number
 }
 
 /** A lease this process knows of: `confirmed` when the answer to its claim has arrived. */
@@ -84,6 +94,9 @@ export const start = Effect.fnUntraced(function*(options: {
   let suspects = 0
   let claiming = 0
   let startable = options.limit ?? Infinity
+  const claims = Episode.make("claiming")
+  /** For a loop that is to end by itself: an error that trying again does not mend. */
+  const hopeless = Deferred.makeUnsafe<never, SqlError>()
 
   const settler = Settler.make({
     store,
@@ -114,9 +127,9 @@ export const start = Effect.fnUntraced(function*(options: {
     lease: options.lease,
     beat: options.heartbeat,
     leases: () => leases,
-    onLost: (gone) => {
+    onLost: (gone, blocked) => {
       for (const id of gone ?? [...leases.keys()]) {
-        for (const running of leases.get(id)?.jobs.values() ?? []) interrupt(running, "lost")
+        for (const running of leases.get(id)?.jobs.values() ?? []) interrupt(running, blocked ? "blocked" : "lost")
         if (gone !== undefined) leases.delete(id)
       }
     },
@@ -173,8 +186,8 @@ export const start = Effect.fnUntraced(function*(options: {
     Line.started(line, now())
     runs.add(running)
     // A route that was there when the job was claimed is there now.
-    const handling = router.find(running.row.kind!)!
-    running.fiber = runFork(run(running, handling), { uninterruptible: true })
+    const { handling, kind } = router.find(running.row.kind!)!
+    running.fiber = runFork(run(running, handling, kind), { uninterruptible: true })
     running.fiber.addObserver(() => {
       runs.delete(running)
       Line.ended(line, now())
@@ -202,6 +215,7 @@ export const start = Effect.fnUntraced(function*(options: {
     const lease: Lease = { confirmed: false, jobs: new Map() }
     const startedAt = now()
     const sweep = Line.sweeps(line, startedAt)
+    startable -= limit
     leases.set(id, lease)
     const rows = yield* Bounded.bounded(
       store.claim({
@@ -215,11 +229,13 @@ export const start = Effect.fnUntraced(function*(options: {
         limit
       }),
       claimBound
-    ).pipe(Effect.tapCause(() =>
+    ).pipe(Effect.tapCause((cause) =>
       Effect.sync(() => {
         // Whether it took effect is unknown: if it did, the next comparison finds a lease that nobody knows.
         leases.delete(id)
-        liveness.doubt()
+        startable += limit
+        const error = cause.reasons.find(Cause.isFailReason)?.error
+        if (error instanceof Bounded.TimedOut || Database.isConnectionLoss(error)) liveness.doubt()
       })
     ))
     const claimedAt = now()
@@ -242,11 +258,14 @@ export const start = Effect.fnUntraced(function*(options: {
       const unwanted = stopping || worker !== liveness.id() || running.row.kind === null ||
         (isSuspect(running) && suspects > 1)
       if (unwanted) handBack(running)
-      else startable--
     }
-    Line.add(line, jobs.filter((running) => running.entry === undefined))
+    const wanted = jobs.filter((running) => running.entry === undefined)
+    startable += limit - wanted.length
+    Line.add(line, wanted)
     fill(line)
-    return { taken: rows.length, sweep }
+    // What is left in the buffer is watched from now on.
+    if (line.buffer.length > 0) timekeeper.poke()
+    return { taken: rows.length, sweep, sentAt: startedAt }
   })
 
   /**
@@ -254,7 +273,7 @@ export const start = Effect.fnUntraced(function*(options: {
    * shutdown must not wait for one on a dead link.
    */
   const claim = Effect.fnUntraced(function*(line: Line.Line, limit: number) {
-    const result = Deferred.makeUnsafe<{ readonly taken: number; readonly sweep: boolean }, unknown>()
+    const result = Deferred.makeUnsafe<Claimed, SqlError | Bounded.TimedOut>()
     claiming++
     yield* Effect.forkDetach(
       Effect.onExit(claimHere(line, limit), (exit) => {
@@ -276,17 +295,22 @@ export const start = Effect.fnUntraced(function*(options: {
         const room = Math.min(Line.wanted(line, now()), startable)
         if (room === 0) return
         timekeeper.busy(line.queue)
-        const { sweep, taken } = yield* claim(line, room)
+        const { sentAt, sweep, taken } = yield* claim(line, room)
+        yield* claims.succeeded
         if (taken === room) continue
         // Short from the cursor: something may stand behind it, so look from the front as soon as that is affordable.
-        if (sweep) timekeeper.ranDry(line.queue)
+        if (sweep) timekeeper.ranDry(line.queue, sentAt)
         else timekeeper.due(line.queue, 20)
         return
       }
     }).pipe(
       Effect.catchCause((cause) => {
         timekeeper.due(line.queue, 200)
-        return Effect.logDebug(`effect-pgqueue: a claim on "${line.queue}" did not go through`, Cause.pretty(cause))
+        const error = cause.reasons.find(Cause.isFailReason)?.error
+        if (options.limit !== undefined && isSqlError(error) && !Database.isTransient(error)) {
+          Deferred.doneUnsafe(hopeless, Effect.fail(error))
+        }
+        return claims.failed(cause)
       }),
       Effect.forever
     )
@@ -307,6 +331,8 @@ export const start = Effect.fnUntraced(function*(options: {
   // Start and stop
   // ---------------------------------------------------------------------------
 
+  // A loop that is to end by itself has no use for it.
+  if (options.limit === undefined) yield* wakeup.listen
   // Without spans: a stream of claims and beats that never ends belongs to nobody's trace.
   yield* Effect.withTracerEnabled(
     Bounded.fork([
@@ -314,7 +340,6 @@ export const start = Effect.fnUntraced(function*(options: {
       liveness.run,
       timekeeper.run,
       ...lines.map(pull),
-      ...options.limit === undefined ? [wakeup.listen] : [],
       Maintenance.sweep({
         store,
         wakeup,
@@ -325,12 +350,12 @@ export const start = Effect.fnUntraced(function*(options: {
     false
   )
 
-  /** Waits until no handler runs, or the time is over. */
+  /** Waits until no handler runs, or the time is over. One that does not stop at its timeout is not waited for. */
   const quiet = (millis: number) =>
     Effect.suspend(() => {
       const done = Deferred.makeUnsafe<void>()
       const check = () => {
-        if (runs.size === 0) Deferred.doneUnsafe(done, Effect.void)
+        if ([...runs].every(({ interruption }) => interruption === "timeout")) Deferred.doneUnsafe(done, Effect.void)
       }
       for (const running of runs) running.fiber!.addObserver(check)
       check()
@@ -363,11 +388,14 @@ export const start = Effect.fnUntraced(function*(options: {
 
   const loop: Loop = {
     drain,
-    idle: Effect.gen(function*() {
-      const ended = () =>
-        leases.size === 0 && settler.size() === 0 && (startable <= 0 || (timekeeper.allDry() && liveness.alive()))
-      while (!ended()) yield* Effect.sleep(5)
-    }),
+    idle: Effect.raceFirst(
+      Deferred.await(hopeless),
+      Effect.gen(function*() {
+        const ended = () =>
+          leases.size === 0 && settler.size() === 0 && (startable <= 0 || (timekeeper.allDry() && liveness.alive()))
+        while (!ended()) yield* Effect.sleep(5)
+      })
+    ),
     counts: () => ({ ...counts })
   }
   return loop

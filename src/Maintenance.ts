@@ -3,10 +3,10 @@
  *
  * @since 0.1.0
  */
-import * as Cause from "effect/Cause"
 import * as Effect from "effect/Effect"
 import * as Random from "effect/Random"
 import * as Bounded from "./Bounded.ts"
+import * as Episode from "./Episode.ts"
 import type * as Store from "./Store.ts"
 import type * as Wakeup from "./Wakeup.ts"
 
@@ -44,11 +44,11 @@ export const sweep = (options: {
   readonly interval: number
   /** Whether this process may judge others. */
   readonly allowed: () => boolean
-}): Effect.Effect<never> =>
-  Effect.gen(function*() {
+}): Effect.Effect<never> => {
+  const episode = Episode.make("the rescue of lost jobs")
+  return Effect.gen(function*() {
     yield* Effect.sleep(options.interval * (yield* Random.nextBetween(0.8, 1.2)))
     if (options.allowed()) yield* rescueOnce(options.store, options.wakeup)
-  }).pipe(
-    Effect.catchCause((cause) => Effect.logDebug("effect-pgqueue: a rescue did not go through", Cause.pretty(cause))),
-    Effect.forever
-  )
+    yield* episode.succeeded
+  }).pipe(Effect.catchCause(episode.failed), Effect.forever)
+}

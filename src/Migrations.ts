@@ -24,6 +24,7 @@ import * as Database from "./Database.ts"
  * - `Unsupported`: not PostgreSQL 15 or newer, not UTF-8, or a schema newer than this library.
  * - `ForeignClient`: a transactional handler was built on another `SqlClient` than the queue's.
  * - `QueueNotConsumed`: a queue was named that no listed job uses.
+ * - `InvalidOption`: an option is out of range, or two listed jobs handle one kind; the message names it.
  *
  * @category errors
  * @since 0.1.0
@@ -226,7 +227,7 @@ const initial = (s: string, channel: string): ReadonlyArray<string> => [
     if inserted is not null then
       insert into ${s}.ready (queue, lane, run_at, id, kind, attempt) values (enqueue.queue, enqueue.priority, due, asked, enqueue.kind, 0);
       perform ${s}.refuse_finished(array[asked], 1);
-      perform pg_notify('${channel}', enqueue.queue);
+      perform pg_notify('${channel}', '0 ' || enqueue.queue);
     elsif hashed is not null then
       -- The id is there under another key, or without one: nobody would ever give this key back.
       delete from ${s}.unique_key k where k.key = hashed and k.job = asked;

@@ -14,13 +14,13 @@ import type { Failure } from "./RetryPolicy.ts"
  * - `Retry`: failed; tried again when the policy and the attempts allow, else discarded.
  * - `Snooze`: back in line after a delay, no attempt spent.
  * - `Cancel`, `Discard`: ended on purpose, with a reason.
- * - `Release`: back in line as if it had not been claimed.
+ * - `Release`: back in line as if it had not been claimed; `lost`, as after the loss of its worker.
  */
 export type Outcome<A, E> =
   | { readonly _tag: "Complete"; readonly value: A }
   | { readonly _tag: "Retry"; readonly failure: Failure<E>; readonly message: string }
   | Intent
-  | { readonly _tag: "Release" }
+  | { readonly _tag: "Release"; readonly lost: boolean }
 
 /** What a handler asked for with `Job.cancel`, `Job.discard` or `Job.snooze`. */
 export type Intent =
@@ -29,7 +29,7 @@ export type Intent =
   | { readonly _tag: "Snooze"; readonly delay: number }
 
 /** Why the worker interrupted a run. */
-export type Interruption = "shutdown" | "lost" | "cancelled" | "timeout"
+export type Interruption = "shutdown" | "lost" | "blocked" | "cancelled" | "timeout"
 
 /**
  * Decides the outcome of a run.
@@ -51,7 +51,10 @@ export const fromExit = <A, E>(
     switch (known.interruption) {
       case "shutdown":
       case "lost":
-        return { _tag: "Release" }
+        return { _tag: "Release", lost: false }
+      // One of the jobs that ran here kept the process from its heartbeats: as little is known as after a crash.
+      case "blocked":
+        return { _tag: "Release", lost: true }
       case "cancelled":
         return { _tag: "Cancel", reason: "" }
       case "timeout":

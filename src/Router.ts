@@ -15,29 +15,47 @@ export interface Router {
   readonly kinds: ReadonlyArray<string>
   /** The prefixes of the families, longest first. */
   readonly prefixes: ReadonlyArray<string>
-  readonly find: (kind: string) => Run.Handling | undefined
+  readonly find: (kind: string) => Route | undefined
+  /** A kind, or a prefix, that two of the listed jobs handle. */
+  readonly ambiguous: string | undefined
+}
+
+/** A handler, and the name of the kind as its definition spells it: an alias is mapped back. */
+export interface Route {
+  readonly handling: Run.Handling
+  readonly kind: string
 }
 
 /**
  * Reads the handlers of the listed jobs from the context that the worker's layer was given.
  */
 export const make = (jobs: ReadonlyArray<Job.Any>, context: Context.Context<never>): Router => {
-  const exact = new Map<string, Run.Handling>()
+  const exact = new Map<string, Route>()
   const families: Array<{ readonly prefix: string; readonly handling: Run.Handling }> = []
+  let ambiguous: string | undefined
   for (const job of jobs) {
     const { definition } = job["~effect-pgqueue/Job"]
     // Sound: the layer's type requires this very key for every listed job.
     const registered = context.mapUnsafe.get(definition.key.key) as Job.Registered
     const handling = Run.handling(definition, registered)
     for (const name of [definition.name, ...definition.aliases]) {
+      if (definition.family ? families.some(({ prefix }) => prefix === name) : exact.has(name)) ambiguous = name
       if (definition.family) families.push({ prefix: name, handling })
-      else exact.set(name, handling)
+      else exact.set(name, { handling, kind: definition.name })
     }
   }
   families.sort((a, b) => b.prefix.length - a.prefix.length)
   return {
     kinds: [...exact.keys()],
     prefixes: families.map(({ prefix }) => prefix),
-    find: (kind) => exact.get(kind) ?? families.find(({ prefix }) => kind.startsWith(prefix))?.handling
+    find: (kind) => {
+      const own = exact.get(kind)
+      if (own !== undefined) return own
+      const family = families.find(({ prefix }) => kind.startsWith(prefix))
+      return family === undefined
+        ? undefined
+        : { handling: family.handling, kind: family.handling.definition.name + kind.slice(family.prefix.length) }
+    },
+    ambiguous
   }
 }

@@ -3,6 +3,7 @@
  *
  * @since 0.1.0
  */
+import * as Cause from "effect/Cause"
 import * as Clock from "effect/Clock"
 import * as Context from "effect/Context"
 import * as DateTime from "effect/DateTime"
@@ -84,7 +85,7 @@ export const make = (options: {
   readonly context: Context.Context<never>
   readonly middleware: ReadonlyArray<Job.Middleware>
 }) =>
-(running: Running, handling: Handling): Effect.Effect<void> =>
+(running: Running, handling: Handling, kind: string): Effect.Effect<void> =>
   Effect.suspend(() => {
     const clock = Context.get(options.context, Clock.Clock)
     const startedAt = monotonic(clock)
@@ -92,7 +93,7 @@ export const make = (options: {
     return Effect.gen(function*() {
       const history = yield* historyOf(running.row, handling)
       const info = infoOf(running, history)
-      const exit = yield* Effect.exit(Effect.interruptible(body(running, handling, info, options.middleware)))
+      const exit = yield* Effect.exit(Effect.interruptible(body(running, handling, kind, info, options.middleware)))
       const outcome = conclude(exit, Current.intentOf(info), running)
       running.entry = yield* settlement(outcome, running, handling, history, monotonic(clock) - startedAt)
       // What middleware needs, the worker's layer required; what the handler and its codecs need, the handler's did.
@@ -103,11 +104,12 @@ export const make = (options: {
 const body = (
   running: Running,
   handling: Handling,
+  kind: string,
   info: Job.Info,
   middleware: ReadonlyArray<Job.Middleware>
 ) => {
   const wrapped = (payload: unknown) => {
-    const handler = handling.registered.run(payload, info.kind)
+    const handler = handling.registered.run(payload, kind)
     let run = running.row.timeout_ms === null
       ? handler
       : withTimeout(handler, running, info, running.row.timeout_ms)
@@ -196,8 +198,9 @@ const settlement = (
         (value) => jsonText(value, maxPayloadBytes, () => (message) => ({ message }), "the result")
       ).pipe(
         Effect.map((result) => entry("completed", { result: result === "null" ? undefined : result })),
-        Effect.catch((error) => {
-          const message = Outcome.sanitize(`the result does not fit its schema: ${error.message}`)
+        // Whatever the codec does, a run ends with a settlement.
+        Effect.catchCause((cause) => {
+          const message = Outcome.sanitize(`the result cannot be stored: ${messageOf(cause)}`)
           return settlement(
             { _tag: "Retry", failure: { _tag: "Defect", message }, message },
             running,
@@ -211,7 +214,10 @@ const settlement = (
       return Effect.gen(function*() {
         // The database's clock when it was claimed and our own since then: what the stored attempts are measured with.
         const at = running.row.claimed_at + ran
-        const delay = yield* RetryPolicy.next(handling.definition.retry, [...history, { at, failure: outcome.failure }])
+        const delay = yield* RetryPolicy.next(handling.definition.retry, [
+          ...withoutFreeRescue(history),
+          { at, failure: outcome.failure }
+        ])
         const failure = outcome.failure
         const error = failure._tag === "Failed" ? yield* encodeError(handling, failure.error) : undefined
         return entry("failed", {
@@ -226,8 +232,23 @@ const settlement = (
     case "Discard":
       return Effect.succeed(entry("discarded", { reason: Outcome.sanitize(outcome.reason) }))
     case "Release":
-      return Effect.succeed(entry("released", {}))
+      return Effect.succeed(
+        outcome.lost
+          ? entry("lost", {
+            failure: { tag: "Lost", message: "the worker was out of touch for its lease time", error: undefined }
+          })
+          : entry("released", {})
+      )
   }
+}
+
+const messageOf = (cause: Cause.Cause<{ readonly message: string }>): string =>
+  cause.reasons.find(Cause.isFailReason)?.error.message ?? Outcome.describe(cause)
+
+/** The first rescue of a job is free: it spends no attempt, and none of the schedule. */
+const withoutFreeRescue = (history: ReadonlyArray<RetryPolicy.Attempt<unknown>>) => {
+  const first = history.findIndex(({ failure }) => failure._tag === "Lost")
+  return history.filter((_, index) => index !== first)
 }
 
 /** The bare entry of one verb. */

@@ -13,7 +13,7 @@
  */
 
 /** How a worker wants a job to go on. The server has the last word: see `settle`. */
-export type Verb = "completed" | "failed" | "snoozed" | "cancelled" | "discarded" | "released"
+export type Verb = "completed" | "failed" | "snoozed" | "cancelled" | "discarded" | "released" | "lost"
 
 /** One settlement, with the lease under which the job was claimed. */
 export interface Entry {
@@ -116,6 +116,15 @@ export const statements = (s: string) => {
       delete from ${s}.lease where id = any (array(select id from left_over where cardinality(ids) = 0))
     )`
 
+  // The first loss of a job is free, every later one counts an attempt and makes the job a suspect: after a crash nobody
+  // knows which of the lease's jobs did it, so the innocent must not pay and the guilty must be found.
+  const lost = {
+    ends: "rescued > 0 and attempt + 1 >= max_attempts",
+    attempt: "attempt + case when rescued > 0 then 1 else 0 end",
+    runAt: `case when rescued = 0 then run_at
+          else c.now + least(300, 2 * power(2, least(rescued, 10))) * (0.5 + random()) * interval '1 second' end`
+  }
+
   const settle = `with input as materialized (
       select * from unnest($1::uuid[], $2::uuid[], $3::text[], $4::text[], $5::text[], $6::text[], $7::text[], $8::text[], $9::text[], $10::text[])
         as i(lease, id, verb, result, reason, delay_ms, tag, message, error, ran_ms)
@@ -133,10 +142,12 @@ export const statements = (s: string) => {
       select l.*, c.now, c.now - l.ran_ms::float8 * interval '1 millisecond' as started_at,
         case when verb = 'completed' then 'completed' when verb = 'discarded' then 'discarded'
           when verb = 'cancelled' or cancelled_at is not null then 'cancelled'
-          when verb = 'failed' and (delay_ms = '' or attempt + 1 >= max_attempts) then 'discarded' end as status,
-        case when verb in ('snoozed', 'released') then attempt else attempt + 1 end as next_attempt,
-        rescued as next_rescued, snoozed + case when verb = 'snoozed' then 1 else 0 end as next_snoozed,
-        case when verb = 'released' or delay_ms = '' then run_at else c.now + delay_ms::float8 * interval '1 millisecond' end as next_run_at,
+          when verb = 'failed' and (delay_ms = '' or attempt + 1 >= max_attempts) then 'discarded'
+          when verb = 'lost' and ${lost.ends} then 'discarded' end as status,
+        case when verb in ('snoozed', 'released') then attempt when verb = 'lost' then ${lost.attempt}
+          else attempt + 1 end as next_attempt,
+        rescued + case when verb = 'lost' then 1 else 0 end as next_rescued, snoozed + case when verb = 'snoozed' then 1 else 0 end as next_snoozed,
+        case when verb = 'lost' then ${lost.runAt} when verb = 'released' or delay_ms = '' then run_at else c.now + delay_ms::float8 * interval '1 millisecond' end as next_run_at,
         verb <> 'released' as changed,
         case when verb in ('cancelled', 'discarded') then coalesce(nullif(reason, ''), cancel_reason) else cancel_reason end as end_reason,
         nullif(result, '')::json as end_result,
@@ -165,18 +176,15 @@ export const statements = (s: string) => {
       count(*) filter (where status is not null)::int4 as ended, json_agg(distinct queue)::text as queues,
       (select id::text from held order by id desc limit 1) as last from decided`
 
-  // The first rescue of a job is free, every later one counts an attempt and makes the job a suspect: after a crash
-  // nobody knows which of the lease's jobs did it, so the innocent must not pay and the guilty must be found.
   const rescue = takeBack(
     `select l.id, l.worker, l.ids from ${s}.lease l
       where l.id > $2::uuid and not exists (select 1 from ${s}.worker w where w.id = l.worker)
       order by l.id limit $1::int4 for update of l skip locked`,
     `select l.*, c.now, null::timestamptz as started_at,
         case when cancelled_at is not null then 'cancelled'
-          when rescued > 0 and attempt + 1 >= max_attempts then 'discarded' end as status,
-        attempt + case when rescued > 0 then 1 else 0 end as next_attempt, rescued + 1 as next_rescued, snoozed as next_snoozed,
-        case when rescued = 0 then run_at
-          else c.now + least(300, 2 * power(2, least(rescued, 10))) * (0.5 + random()) * interval '1 second' end as next_run_at,
+          when ${lost.ends} then 'discarded' end as status,
+        ${lost.attempt} as next_attempt, rescued + 1 as next_rescued, snoozed as next_snoozed,
+        ${lost.runAt} as next_run_at,
         true as changed, cancel_reason as end_reason, null::json as end_result,
         json_build_object('tag', 'Lost', 'message', 'the worker that ran this attempt was lost') as failure
       from (select clock_timestamp() as now) c, locked l where not key_busy`

@@ -7,9 +7,9 @@
 import * as Cause from "effect/Cause"
 import * as Effect from "effect/Effect"
 import * as Latch from "effect/Latch"
-import { isSqlError } from "effect/sql/SqlError"
 import * as Bounded from "./Bounded.ts"
 import * as Database from "./Database.ts"
+import * as Episode from "./Episode.ts"
 import type * as Settlement from "./Settlement.ts"
 import type * as Store from "./Store.ts"
 
@@ -18,6 +18,11 @@ const maxEntries = 1000
 
 /** Beyond this many unsettled jobs nothing is claimed: a database that cannot settle shall not be asked for more. */
 const backPressure = 5000
+
+/** A settle on a dead link never answers. */
+const settleBound = 15_000
+
+const refusal = "the database refused what the handler left"
 
 /** How long a job whose row somebody has locked waits for the next round, in milliseconds. */
 const busyPause = 50
@@ -52,6 +57,9 @@ export const make = (options: {
   let waiting: Array<Settlement.Entry> = []
   let inFlight = 0
   let full = false
+  /** The most jobs of the next settle: fewer after one that did not come to an end in time. */
+  let most = maxEntries
+  const episode = Episode.make("settling")
   const some = Latch.makeUnsafe(false)
   const empty = Latch.makeUnsafe(true)
 
@@ -66,9 +74,21 @@ export const make = (options: {
     some.openUnsafe()
   }
 
+  /** Puts entries back after a while, apart from the others. */
+  const later = (entries: ReadonlyArray<Settlement.Entry>, millis: number) => {
+    inFlight += entries.length
+    return Effect.asVoid(Effect.forkDetach(Effect.andThen(
+      Effect.sleep(millis),
+      Effect.sync(() => {
+        inFlight -= entries.length
+        again(entries)
+      })
+    )))
+  }
+
   /** Sends a batch; when the data of one is refused, halves it until that one is alone. */
   const send = (entries: ReadonlyArray<Settlement.Entry>): Effect.Effect<void> =>
-    Bounded.bounded(options.store.settle(options.worker(), entries), 15_000).pipe(
+    Bounded.bounded(options.store.settle(options.worker(), entries), settleBound).pipe(
       Effect.flatMap((answers) => {
         const found = new Map(answers.map((answer) => [answer.lease + answer.id, answer]))
         const busy: Array<Settlement.Entry> = []
@@ -77,43 +97,34 @@ export const make = (options: {
           if (answer?.state === "busy") busy.push(entry)
           else options.onSettled(entry, answer)
         }
-        if (busy.length === 0) return Effect.void
-        // Apart from the others: they are not to wait for somebody's open transaction.
-        inFlight += busy.length
-        return Effect.asVoid(Effect.forkDetach(Effect.andThen(
-          Effect.sleep(busyPause),
-          Effect.sync(() => {
-            inFlight -= busy.length
-            again(busy)
-          })
-        )))
+        most = Math.min(maxEntries, most * 2)
+        // Not to wait for somebody's open transaction together with the others.
+        return Effect.andThen(episode.succeeded, busy.length === 0 ? Effect.void : later(busy, busyPause))
       }),
       Effect.catchCause((cause) => {
         const error = cause.reasons.find(Cause.isFailReason)?.error
-        if (isSqlError(error) && !Database.isTransient(error)) {
-          if (entries.length > 1) {
-            const middle = entries.length >> 1
-            return Effect.andThen(send(entries.slice(0, middle)), send(entries.slice(middle)))
-          }
-          return refused(entries[0]!, Database.sqlState(error))
+        if (Database.isDataFault(error)) {
+          if (entries.length === 1) return refused(entries[0]!, cause)
+          const middle = entries.length >> 1
+          return Effect.andThen(send(entries.slice(0, middle)), send(entries.slice(middle)))
         }
-        // Sent again as it is: a settle that did get through finds nothing left to change.
-        options.onDoubt()
+        // Whatever else it is, it is not the jobs' fault. Sent again as it is, a settle that did get through finds
+        // nothing left to change. What did not fit into the time comes in smaller parts.
+        if (error instanceof Bounded.TimedOut || Database.isConnectionLoss(error)) options.onDoubt()
+        if (error instanceof Bounded.TimedOut || Database.isStatementTimeout(error)) {
+          most = Math.max(1, Math.min(most, entries.length) >> 1)
+        }
         again(entries)
-        return Effect.andThen(
-          Effect.logDebug("effect-pgqueue: a settle did not go through, it is sent again", Cause.pretty(cause)),
-          Effect.sleep("200 millis")
-        )
+        return Effect.andThen(episode.failed(cause), Effect.sleep("200 millis"))
       })
     )
 
   /** What the database will not store, it may store without the values that came from the handler. */
-  const refused = (entry: Settlement.Entry, state: string | undefined): Effect.Effect<void> => {
-    const message = `the database refused what the handler left (${state ?? "unknown"})`
-    if (entry.failure?.message === message) {
+  const refused = (entry: Settlement.Entry, cause: Cause.Cause<unknown>): Effect.Effect<void> => {
+    if (entry.failure?.message === refusal) {
       return Effect.andThen(
-        Effect.logError(`effect-pgqueue: job ${entry.id} cannot be settled (${state ?? "unknown"})`),
-        Effect.andThen(Effect.sleep("1 second"), Effect.sync(() => again([entry])))
+        Effect.logError(`effect-pgqueue: job ${entry.id} cannot be settled`, Cause.pretty(cause)),
+        later([entry], 10_000)
       )
     }
     again([{
@@ -121,7 +132,9 @@ export const make = (options: {
       verb: "failed",
       result: undefined,
       reason: undefined,
-      failure: { tag: "Defect", message, error: undefined }
+      // A job that succeeded has attempts left that are worth another result; what failed goes as it would have gone.
+      delay: entry.verb === "failed" ? entry.delay : 60_000,
+      failure: { tag: "Defect", message: refusal, error: undefined }
     }])
     return Effect.void
   }
@@ -132,7 +145,7 @@ export const make = (options: {
     full: () => full,
     run: Effect.gen(function*() {
       yield* some.await
-      const batch = waiting.splice(0, maxEntries)
+      const batch = waiting.splice(0, most)
       if (batch.length === 0) {
         some.closeUnsafe()
         if (inFlight === 0) empty.openUnsafe()

@@ -17,9 +17,6 @@ export { columnsOf, keyedColumnsOf, type NewJob, type UniqueRule } from "./Inser
 /** The first lane of suspects: jobs that have lost their worker more than once wait in 100 + priority. */
 export const suspectLane = 100
 
-/** The first lane of parked jobs: a kind that no live worker lists waits in 200 + priority. */
-export const parkedLane = 200
-
 /** Where a claim goes on reading one lane: after the row with this due time (microseconds) and id. */
 export interface LaneCursor {
   readonly lane: number
@@ -105,6 +102,9 @@ export interface TakenBack {
   /** The greatest of these leases; `null` when there were none. */
   readonly last: string | null
 }
+
+/** Longer than anything has been due, in milliseconds. */
+export const everything = 1e13
 
 /** Asks whether a session is still there. */
 export const probeText = "select 1 as here"
@@ -192,10 +192,10 @@ export const make = (db: Database.Database, schema: string) => {
   // Two probes a lane, due and future: cheap however long the lanes are. Not EXISTS: it drops the order, and then a scan of
   // the whole line looks cheap to the planner, which expects the first row to fit.
   const lookText = `select q.queue, bool_or(p.due) as due, min(p.wait)::float8 as wait
-    from unnest($1::text[]) as q(queue) cross join unnest($2::int2[]) as l(lane)
+    from unnest($1::text[], $3::float8[]) as q(queue, news) cross join unnest($2::int2[]) as l(lane)
     cross join lateral (
       select (select true from ${s}.ready r where r.queue = q.queue and r.lane = l.lane and r.run_at <= statement_timestamp()
-          order by r.run_at, r.id limit 1) is not null as due,
+          and r.run_at > statement_timestamp() - q.news * interval '1 millisecond' order by r.run_at, r.id limit 1) is not null as due,
         (select ${millis("r.run_at - statement_timestamp()")} from ${s}.ready r
           where r.queue = q.queue and r.lane = l.lane and r.run_at > statement_timestamp()
           order by r.run_at, r.id limit 1) as wait
@@ -226,15 +226,17 @@ export const make = (db: Database.Database, schema: string) => {
 
   return {
     /**
-     * Inserts jobs without a unique key; returns the ids that were not there before.
+     * Inserts jobs without a unique key; returns the ids that were not there before. `patience` bounds, in milliseconds,
+     * the wait for a transaction that has taken one of the ids or keys and not ended.
      */
-    insert: Effect.fnUntraced(function*(jobs: ReadonlyArray<Insertion.NewJob>, inUserTransaction: boolean) {
-      return insertedIds(yield* run(inUserTransaction, insertion.insert, Insertion.columnsOf(jobs)), jobs)
-    }),
+    insert: Effect.fnUntraced(
+      function*(jobs: ReadonlyArray<Insertion.NewJob>, inUserTransaction: boolean, patience?: number) {
+        return insertedIds(yield* run(inUserTransaction, insertion.insert, Insertion.columnsOf(jobs, patience)), jobs)
+      }
+    ),
 
     /**
      * Inserts jobs with a unique key; returns the ids that were inserted. The others have lost to a holder.
-     * `patience` bounds, in milliseconds, the wait for a transaction that has taken one of the keys and not ended.
      */
     insertUnique: Effect.fnUntraced(
       function*(jobs: ReadonlyArray<Insertion.NewJob>, inUserTransaction: boolean, patience: number | undefined) {
@@ -383,15 +385,17 @@ export const make = (db: Database.Database, schema: string) => {
       Effect.map(rows(settlement.release, [worker, leases]), takenBack),
 
     /**
-     * Tells for each queue whether something is due and how many milliseconds until the next is.
+     * Tells for each queue whether something is due and how many milliseconds until the next is. With `news`, due is only
+     * what became due in the last so many milliseconds, queue by queue.
      */
     look: (
       queues: ReadonlyArray<string>,
-      lanes: ReadonlyArray<number>
+      lanes: ReadonlyArray<number>,
+      news: ReadonlyArray<number> = queues.map(() => everything)
     ): Effect.Effect<
       ReadonlyArray<{ readonly queue: string; readonly due: boolean; readonly wait: number | null }>,
       SqlError
-    > => rows(lookText, [queues, lanes]),
+    > => rows(lookText, [queues, lanes, news.map(String)]),
 
     /**
      * Counts jobs by queue and kind.

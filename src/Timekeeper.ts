@@ -4,14 +4,14 @@
  *
  * @since 0.1.0
  */
-import * as Cause from "effect/Cause"
 import * as Clock from "effect/Clock"
 import * as Effect from "effect/Effect"
 import * as Latch from "effect/Latch"
 import * as Bounded from "./Bounded.ts"
+import * as Episode from "./Episode.ts"
 import * as Line from "./Line.ts"
 import { monotonic } from "./Run.ts"
-import type * as Store from "./Store.ts"
+import * as Store from "./Store.ts"
 
 /** A queue that has just run dry is looked at once more after this many milliseconds, for what is due later. */
 const settleDown = 20
@@ -25,8 +25,10 @@ const lookBound = 15_000
 export interface Timekeeper {
   /** Something may be due in a queue in `delay` milliseconds; in every queue when none is named. */
   readonly due: (queue: string | undefined, delay: number) => void
-  /** The last claim of a queue, from the front, found less than it asked for. */
-  readonly ranDry: (queue: string) => void
+  /** The last claim of a queue, from the front and sent at `sentAt`, found less than it asked for. */
+  readonly ranDry: (queue: string, sentAt: number) => void
+  /** Something has changed that a tick depends on. */
+  readonly poke: () => void
   /** A queue is being claimed from. */
   readonly busy: (queue: string) => void
   /** Whether every queue has run dry and has been looked at since. */
@@ -53,8 +55,9 @@ export const make = Effect.fnUntraced(function*(options: {
   const names = options.lines.map((line) => line.queue)
   /** When the next job of a queue is due, as far as is known. */
   const dueAt = new Map<string, number>()
-  /** Since when a queue is dry. */
-  const dry = new Map<string, number>()
+  /** Since when a queue is dry, and when the claim was sent that found it so. */
+  const dry = new Map<string, { readonly since: number; readonly sentAt: number }>()
+  const episode = Episode.make("looking for jobs")
   let lookedAt = -Infinity
   const poke = Latch.makeUnsafe(false)
 
@@ -69,14 +72,17 @@ export const make = Effect.fnUntraced(function*(options: {
   const look = Effect.gen(function*() {
     const at = now()
     const polls = at - lookedAt >= options.pollInterval
-    if (!polls && ![...dry.values()].some((since) => since > lookedAt && at - since >= settleDown)) return
+    if (!polls && ![...dry.values()].some(({ since }) => since > lookedAt && at - since >= settleDown)) return
     lookedAt = at
-    const looked = yield* Bounded.bounded(options.store.look(names, Line.everyLane), lookBound)
+    // A poll asks for whatever is due. After a queue has run dry only what became due since that claim was sent is news:
+    // the rest is not for this worker, and claiming again for it would be a busy loop.
+    const news = names.map((name) => polls ? Store.everything : at - (dry.get(name)?.sentAt ?? at))
+    const looked = yield* Bounded.bounded(options.store.look(names, Line.everyLane, news), lookBound)
     for (const { due, queue, wait } of looked) {
       if (wait !== null) dueIn(queue, Math.max(0, wait))
-      // What is due in a queue that has just run dry is not for this worker: claiming again would be a busy loop.
-      if (due && polls) options.onDue(queue)
+      if (due) options.onDue(queue)
     }
+    yield* episode.succeeded
   })
 
   const tick = Effect.gen(function*() {
@@ -93,7 +99,7 @@ export const make = Effect.fnUntraced(function*(options: {
       options.onTick(now()),
       lookedAt + options.pollInterval,
       ...dueAt.values(),
-      ...[...dry.values()].filter((since) => since > lookedAt).map((since) => since + settleDown)
+      ...[...dry.values()].filter(({ since }) => since > lookedAt).map(({ since }) => since + settleDown)
     )
     yield* Effect.timeoutOption(poke.await, Math.max(1, Math.ceil(next - now())))
   })
@@ -106,19 +112,15 @@ export const make = Effect.fnUntraced(function*(options: {
         else options.onDue(name)
       }
     },
-    ranDry: (queue) => {
-      dry.set(queue, now())
+    ranDry: (queue, sentAt) => {
+      dry.set(queue, { since: now(), sentAt })
       poke.openUnsafe()
     },
+    poke: () => void poke.openUnsafe(),
     busy: (queue) => void dry.delete(queue),
-    allDry: () => dry.size === names.length && lookedAt > Math.max(...dry.values()),
+    allDry: () => dry.size === names.length && lookedAt > Math.max(...[...dry.values()].map(({ since }) => since)),
     run: tick.pipe(
-      Effect.catchCause((cause) =>
-        Effect.andThen(
-          Effect.logDebug("effect-pgqueue: a look did not go through", Cause.pretty(cause)),
-          Effect.sleep("200 millis")
-        )
-      ),
+      Effect.catchCause((cause) => Effect.andThen(episode.failed(cause), Effect.sleep("200 millis"))),
       Effect.forever
     )
   }

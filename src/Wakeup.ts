@@ -5,13 +5,13 @@
  * @since 0.1.0
  */
 import type * as PgConnection from "@effect/sql-pg/PgConnection"
-import * as Cause from "effect/Cause"
 import * as Effect from "effect/Effect"
 import * as Latch from "effect/Latch"
 import * as Queue from "effect/Queue"
 import type * as Scope from "effect/Scope"
 import * as Bounded from "./Bounded.ts"
 import * as Database from "./Database.ts"
+import * as Episode from "./Episode.ts"
 import * as Store from "./Store.ts"
 
 /** A worker of this process. */
@@ -30,7 +30,7 @@ export interface Wakeup {
   readonly mark: (queue: string, delay: number) => void
   /** Registers a worker of this process until the scope closes. */
   readonly subscribe: (listener: Listener) => Effect.Effect<void, never, Scope.Scope>
-  /** Hears the other processes until it is interrupted; reconnects for ever. */
+  /** Begins to hear the other processes, once for all workers of this one; reconnects for ever. */
   readonly listen: Effect.Effect<void>
 }
 
@@ -62,20 +62,31 @@ export const make = Effect.fnUntraced(function*(db: Database.Database, schema: s
   if (db.connect !== undefined) {
     // Nothing is lost with this session, so it commits without waiting for the disk.
     const connect = db.connect({ synchronous_commit: "off" })
-    const notifier = Bounded.scoped(Effect.gen(function*() {
-      yield* pending.await
-      const session = yield* connect
-      ownProcess = session.processId
-      while (true) {
+    const notifier = (succeeded: Effect.Effect<void>) =>
+      Bounded.scoped(Effect.gen(function*() {
         yield* pending.await
-        pending.closeUnsafe()
-        const round = [...dirty].map(([queue, delay]) => `${Math.ceil(delay)} ${queue}`)
-        dirty.clear()
-        yield* Bounded.bounded(session.query(Store.notifyText, [channel, round]), 5000)
-        yield* Effect.sleep(pause)
-      }
-    }))
-    yield* Bounded.fork([forever("notifier")(notifier)])
+        const session = yield* connect
+        ownProcess = session.processId
+        yield* succeeded
+        while (true) {
+          yield* pending.await
+          pending.closeUnsafe()
+          const round = [...dirty]
+          dirty.clear()
+          const payloads = round.map(([queue, delay]) => `${Math.ceil(delay)} ${queue}`)
+          yield* Bounded.bounded(session.query(Store.notifyText, [channel, payloads]), 5000).pipe(
+            // Announced late is better than never.
+            Effect.onError(() =>
+              Effect.sync(() => {
+                for (const [queue, delay] of round) if (!dirty.has(queue)) dirty.set(queue, delay)
+                pending.openUnsafe()
+              })
+            )
+          )
+          yield* Effect.sleep(pause)
+        }
+      }))
+    yield* Bounded.fork([forever("the notifier's session", notifier)])
   } else {
     // Without a session of our own there is nobody to tell the others; they poll.
     yield* Bounded.fork([Effect.forever(Effect.flatMap(pending.await, () =>
@@ -94,28 +105,36 @@ export const make = Effect.fnUntraced(function*(db: Database.Database, schema: s
     }
   }
 
-  const listen = db.connect === undefined ? Effect.never : listenOnce({
-    connect: db.connect(),
-    channel,
-    // Whatever was announced while nobody listened is found by looking, after LISTEN is confirmed and not before.
-    onReady: () => {
-      for (const listener of listeners) listener.onDue(undefined, 0)
-    },
-    onNotification: (notification) => {
-      if (notification.processId !== ownProcess) hear(notification.payload)
-    }
-  }).pipe(
-    Effect.tapCause(() =>
-      Effect.sync(() => {
-        for (const listener of listeners) listener.onLost()
-      })
-    ),
-    forever("listener")
-  )
+  const wanted = Latch.makeUnsafe(false)
+  const { connect } = db
+  if (connect !== undefined) {
+    const listener = (succeeded: Effect.Effect<void>) =>
+      listenOnce({
+        connect: connect(),
+        channel,
+        // Whatever was announced while nobody listened is found by looking, after LISTEN is confirmed and not before.
+        onReady: Effect.andThen(
+          succeeded,
+          Effect.sync(() => {
+            for (const listener of listeners) listener.onDue(undefined, 0)
+          })
+        ),
+        onNotification: (notification) => {
+          if (notification.processId !== ownProcess) hear(notification.payload)
+        }
+      }).pipe(
+        Effect.tapCause(() =>
+          Effect.sync(() => {
+            for (const listener of listeners) listener.onLost()
+          })
+        )
+      )
+    yield* Bounded.fork([Effect.andThen(wanted.await, forever("the listener's session", listener))])
+  }
 
   const wakeup: Wakeup = {
     mark,
-    listen,
+    listen: Effect.asVoid(wanted.open),
     subscribe: (listener) =>
       Effect.acquireRelease(
         Effect.sync(() => listeners.add(listener)),
@@ -129,14 +148,14 @@ export const make = Effect.fnUntraced(function*(db: Database.Database, schema: s
 const listenOnce = (options: {
   readonly connect: Effect.Effect<PgConnection.PgConnection, unknown, Scope.Scope>
   readonly channel: string
-  readonly onReady: () => void
+  readonly onReady: Effect.Effect<void>
   readonly onNotification: (notification: PgConnection.Notification) => void
 }) =>
   Bounded.scoped(Effect.gen(function*() {
     // Pinned first: LISTEN holds the session, and the probe must go through the same pin.
     const session = yield* Effect.flatMap(options.connect, (connection) => connection.pin)
     const notifications = yield* session.listen(options.channel)
-    options.onReady()
+    yield* options.onReady
     const probe = Bounded.bounded(session.query(Store.probeText), 5000).pipe(
       Effect.andThen(Effect.sleep("10 seconds")),
       Effect.forever
@@ -147,12 +166,14 @@ const listenOnce = (options: {
     return yield* Effect.raceFirst(take, probe)
   }))
 
-/** Runs a background loop again whenever it ends, whatever it ended with. */
-const forever = (name: string) => <A, E, R>(self: Effect.Effect<A, E, R>): Effect.Effect<A, never, R> =>
-  self.pipe(
+/** Runs a background loop again whenever it ends, whatever it ended with. It says itself when it has succeeded. */
+const forever = <A, E, R>(what: string, loop: (succeeded: Effect.Effect<void>) => Effect.Effect<A, E, R>) => {
+  const episode = Episode.make(what)
+  return loop(episode.succeeded).pipe(
     Effect.sandbox,
-    Effect.tapError((cause) => Effect.logDebug(`effect-pgqueue: the ${name} lost its connection`, Cause.pretty(cause))),
+    Effect.tapError(episode.failed),
     // The schedule never ends, so neither does this: every cause but an interruption of this fiber is tried again.
     Effect.retry(Database.backoff),
     Effect.orDie
   )
+}

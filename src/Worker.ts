@@ -8,6 +8,7 @@ import * as Duration from "effect/Duration"
 import * as Effect from "effect/Effect"
 import * as Exit from "effect/Exit"
 import * as Layer from "effect/Layer"
+import * as Option from "effect/Option"
 import type * as Runtime from "effect/Runtime"
 import type * as Scope from "effect/Scope"
 import type { SqlError } from "effect/sql/SqlError"
@@ -137,14 +138,22 @@ const start = Effect.fnUntraced(function*(
   limit?: number
 ) {
   const queue = yield* JobQueue
+  const settings = yield* resolveOptions(options, queue.mode)
   // The handlers and what middleware needs: read by key, required by the public types.
   const context = yield* Effect.context<never>()
+  const router = Router.make(options.jobs, context)
+  if (router.ambiguous !== undefined) {
+    return yield* new JobQueueError({
+      reason: "InvalidOption",
+      message: `two of the listed jobs handle "${router.ambiguous}"`
+    })
+  }
   return yield* Loop.start({
     ...queue.internal,
-    ...(yield* resolveOptions(options, queue.mode)),
+    ...settings,
     name: options.name ?? "worker",
     context,
-    router: Router.make(options.jobs, context),
+    router,
     // Sound: what the middleware needs, the public types require of the context that every run is given.
     middleware: (options.middleware ?? []) as ReadonlyArray<Job.Middleware>,
     limit
@@ -173,7 +182,9 @@ const resolveOptions = Effect.fnUntraced(function*(
     queues.push([name, concurrency])
   }
   const millis = (input: Duration.Input | undefined, otherwise: number) =>
-    input === undefined ? otherwise : Duration.toMillis(input)
+    input === undefined
+      ? otherwise
+      : Option.match(Duration.fromInput(input), { onNone: () => NaN, onSome: Duration.toMillis })
   const settings = {
     queues,
     gracePeriod: millis(options.gracePeriod, 20_000),

@@ -146,7 +146,7 @@ const look = Effect.fnUntraced(function*(at: Filled) {
   yield* explain("rescue", texts.rescue, [100, "00000000-0000-0000-0000-000000000000"])
   yield* explain("release", texts.release, [at.me, [...new Set(entries.map((one) => one.lease))]])
   yield* explain("beat", texts.beat, [at.me])
-  yield* explain("look", texts.look, [["default", "nothing"], at.lanes])
+  yield* explain("look", texts.look, [["default", "nothing"], at.lanes, ["10000000000000", "20"]])
   yield* explain("reap", texts.reap, [])
 
   for (const [name, plan] of Object.entries(plans)) {

@@ -1,0 +1,37 @@
+/**
+ * What a loop says of its failures: a warning when they begin, and when they have ended; in between nothing.
+ *
+ * @since 0.1.0
+ */
+import * as Cause from "effect/Cause"
+import * as Effect from "effect/Effect"
+import * as Database from "./Database.ts"
+
+/**
+ * The failures of one loop.
+ */
+export interface Episode {
+  readonly failed: (cause: Cause.Cause<unknown>) => Effect.Effect<void>
+  readonly succeeded: Effect.Effect<void>
+}
+
+/**
+ * Begins to watch a loop, named by what it does.
+ */
+export const make = (what: string): Episode => {
+  let failing = false
+  return {
+    failed: (cause) =>
+      Effect.suspend(() => {
+        if (failing) return Effect.logDebug(`effect-pgqueue: ${what} still does not go through`, Cause.pretty(cause))
+        failing = true
+        const error = cause.reasons.find(Cause.isFailReason)?.error ?? Cause.squash(cause)
+        return Effect.logWarning(`effect-pgqueue: ${what} does not go through (${Database.describe(error)})`)
+      }),
+    succeeded: Effect.suspend(() => {
+      if (!failing) return Effect.void
+      failing = false
+      return Effect.logInfo(`effect-pgqueue: ${what} goes through again`)
+    })
+  }
+}

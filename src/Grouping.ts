@@ -1,0 +1,191 @@
+/**
+ * Concurrent enqueues share a statement: whatever arrives while the last one is in flight goes into the next.
+ *
+ * @since 0.1.0
+ */
+import type * as Cause from "effect/Cause"
+import type * as Context from "effect/Context"
+import * as Deferred from "effect/Deferred"
+import * as Effect from "effect/Effect"
+import * as Schedule from "effect/Schedule"
+import { ConnectionError, SqlError } from "effect/sql/SqlError"
+import * as Bounded from "./Bounded.ts"
+import * as Database from "./Database.ts"
+import type { Enqueued } from "./Enqueue.ts"
+import type * as Store from "./Store.ts"
+import * as UniqueKeys from "./UniqueKeys.ts"
+
+/** The most rows of one insert: beyond it nothing is gained, and one statement must not hold its locks for long. */
+export const maxRows = 1000
+
+/** How long an enqueue waits out an outage before it fails. */
+const outage = "10 seconds"
+
+/** An insert on a dead link never answers; sending it again is safe, because the ids are the same. */
+const insertBound = 5000
+
+/**
+ * How long, in milliseconds, a group waits for a stranger's transaction that has taken one of its ids or keys, before it
+ * is halved to find the one: seven halvings of a hundred jobs stay below 50 ms.
+ */
+const groupPatience = 4
+
+/** The same for the one that was found, which waits by itself, again and again. */
+const lonePatience = 100
+
+/** A job that waits for its statement. */
+interface Waiting {
+  readonly job: Store.NewJob
+  readonly result: Deferred.Deferred<Enqueued, SqlError>
+}
+
+/** Sends some jobs in one statement. */
+type Send = (
+  jobs: ReadonlyArray<Store.NewJob>,
+  patience: number | undefined
+) => Effect.Effect<ReadonlyArray<Enqueued>, SqlError>
+
+/**
+ * Makes the entrance for single enqueues outside a transaction.
+ */
+export const make = Effect.fnUntraced(function*(options: {
+  readonly store: Store.Store
+  /** Called for every job that is in, before its enqueue returns. */
+  readonly onEnqueued: (job: Store.NewJob, enqueued: Enqueued) => void
+}) {
+  const scope = yield* Bounded.open(Effect.scope)
+  const context = yield* Effect.context<never>()
+  const waiting = new Set<Waiting>()
+  let closed = false
+  yield* Effect.addFinalizer(() =>
+    Effect.sync(() => {
+      closed = true
+      // Nobody must wait for an answer that will not come.
+      for (const { result } of waiting) Deferred.doneUnsafe(result, Effect.interrupt)
+    })
+  )
+
+  // In the layer's context, not in that of whichever caller happened to be first.
+  const fork = (sender: Effect.Effect<void>) =>
+    Effect.forkIn(
+      Effect.updateContext(Effect.withTracerEnabled(sender, false), (_caller: Context.Context<never>) => context),
+      scope
+    )
+
+  const settle = (one: Waiting, result: Effect.Effect<Enqueued, SqlError>) => {
+    waiting.delete(one)
+    Deferred.doneUnsafe(one.result, result)
+  }
+  const succeed = (group: ReadonlyArray<Waiting>, enqueued: ReadonlyArray<Enqueued>) =>
+    Effect.sync(() =>
+      group.forEach((one, index) => {
+        options.onEnqueued(one.job, enqueued[index]!)
+        settle(one, Effect.succeed(enqueued[index]!))
+      })
+    )
+  const fail = (group: ReadonlyArray<Waiting>, error: SqlError) =>
+    Effect.sync(() => group.forEach((one) => settle(one, Effect.fail(error))))
+
+  /** A defect of the client is its callers' to see. */
+  const abandon = (group: ReadonlyArray<Waiting>, cause: Cause.Cause<never>) =>
+    Effect.sync(() => group.forEach((one) => settle(one, Effect.failCause(cause))))
+
+  /** Collects and sends one sort of jobs. */
+  const collect = (send: Send, patience: number | undefined) => {
+    let pending: Array<Waiting> = []
+    let sending = false
+
+    /**
+     * Sends a group. A bad neighbour fails alone, and whoever meets an id or a key in a transaction that has not ended
+     * waits alone: in both cases the group is halved until it is found.
+     */
+    const sendGroup = (group: ReadonlyArray<Waiting>): Effect.Effect<void> =>
+      persistently(send(group.map(({ job }) => job), patience)).pipe(
+        Effect.matchEffect({
+          onSuccess: (enqueued) => succeed(group, enqueued),
+          onFailure: (error) => {
+            const locked = patience !== undefined && Database.sqlState(error) === lockTimeout
+            if (!locked && !Database.isDataFault(error)) return fail(group, error)
+            if (group.length === 1) return locked ? Effect.asVoid(fork(waitAlone(group[0]!))) : fail(group, error)
+            const middle = group.length >> 1
+            return Effect.andThen(sendGroup(group.slice(0, middle)), sendGroup(group.slice(middle)))
+          }
+        })
+      )
+
+    const waitAlone = (one: Waiting): Effect.Effect<void> =>
+      persistently(send([one.job], lonePatience)).pipe(
+        Effect.retry({
+          while: (error) => Database.sqlState(error) === lockTimeout && waiting.has(one),
+          schedule: Schedule.jittered(Schedule.spaced("20 millis"))
+        }),
+        Effect.matchEffect({
+          onSuccess: (enqueued) => succeed([one], enqueued),
+          onFailure: (error) => fail([one], error)
+        }),
+        Effect.catchCause((cause) => abandon([one], cause))
+      )
+
+    const sender = Effect.gen(function*() {
+      while (pending.length > 0) {
+        const group = pending.splice(0, maxRows)
+        yield* Effect.catchCause(sendGroup(group), (cause) => abandon(group, cause))
+      }
+    }).pipe(Effect.ensuring(Effect.sync(() => {
+      sending = false
+    })))
+
+    return (job: Store.NewJob): Effect.Effect<Enqueued, SqlError> =>
+      Effect.suspend(() => {
+        if (closed) return Effect.die(new Error("the layer of this JobQueue has been closed"))
+        const one: Waiting = { job, result: Deferred.makeUnsafe() }
+        pending.push(one)
+        waiting.add(one)
+        const awaited = Effect.onInterrupt(Deferred.await(one.result), () =>
+          Effect.sync(() => {
+            // Not sent yet: then it never is. Sent: the caller does not learn what became of it.
+            pending = pending.filter((other) => other !== one)
+            waiting.delete(one)
+          }))
+        if (sending) return awaited
+        sending = true
+        return Effect.andThen(fork(sender), awaited)
+      })
+  }
+
+  const plainly: Send = (jobs, patience) =>
+    answered(UniqueKeys.insertPlain(options.store, jobs, { inUserTransaction: false, patience }))
+  const keyed: Send = (jobs, patience) =>
+    answered(UniqueKeys.insertKeyed(options.store, jobs, { inUserTransaction: false, patience }))
+  // An id that was made here cannot be in a stranger's transaction; one that the caller chose can.
+  const own = collect(plainly, undefined)
+  const given = collect(plainly, groupPatience)
+  const unique = collect(keyed, groupPatience)
+  return (job: Store.NewJob): Effect.Effect<Enqueued, SqlError> =>
+    job.unique !== undefined ? unique(job) : job.idGiven === true ? given(job) : own(job)
+})
+
+const lockTimeout = "55P03"
+
+/**
+ * Tries again through an outage, for a while. The ids are the same each time, so nothing is inserted twice.
+ */
+export const persistently = <A, R>(self: Effect.Effect<A, SqlError, R>): Effect.Effect<A, SqlError, R> =>
+  Effect.retry(self, {
+    // A lock timeout is for the caller to deal with.
+    while: (error) => Database.isTransient(error) && Database.sqlState(error) !== lockTimeout,
+    schedule: Schedule.upTo(Database.backoff, { duration: outage })
+  })
+
+/** Waits for an answer, but not for ever. */
+const answered = <A>(self: Effect.Effect<A, SqlError>): Effect.Effect<A, SqlError> =>
+  Effect.catchIf(
+    Bounded.bounded(self, insertBound),
+    (error) => error instanceof Bounded.TimedOut,
+    (cause) =>
+      Effect.fail(
+        new SqlError({
+          reason: new ConnectionError({ cause, operation: "enqueue", message: "the database did not answer in time" })
+        })
+      )
+  )

@@ -1,0 +1,88 @@
+/**
+ * Inserts of jobs, with and without unique keys: who wins a key, and what the losers do.
+ *
+ * @since 0.1.0
+ */
+import * as Effect from "effect/Effect"
+import type { SqlError } from "effect/sql/SqlError"
+import { createHash } from "node:crypto"
+import type { Enqueued, JobId } from "./Enqueue.ts"
+import type * as Store from "./Store.ts"
+
+/** How a group of jobs is inserted: in the application's transaction or not, and how long to wait for a stranger's. */
+export interface Manner {
+  readonly inUserTransaction: boolean
+  /** Milliseconds to wait for a transaction that has taken the same id or key and not ended; no limit when undefined. */
+  readonly patience: number | undefined
+}
+
+/**
+ * Inserts jobs without unique keys.
+ */
+export const insertPlain = (
+  store: Store.Store,
+  jobs: ReadonlyArray<Store.NewJob>,
+  { inUserTransaction, patience }: Manner
+): Effect.Effect<ReadonlyArray<Enqueued>, SqlError> =>
+  Effect.map(store.insert(jobs, inUserTransaction, patience), (ids) => {
+    const inserted = new Set(ids)
+    // Of two jobs with one id the first went in.
+    return jobs.map((job) => enqueuedAs(job, inserted.delete(job.id)))
+  })
+
+/**
+ * Inserts jobs with unique keys. The losers read the holders, in a second statement, replace them where the rule says so,
+ * and ask again when one has just ended.
+ */
+export const insertKeyed = (
+  store: Store.Store,
+  jobs: ReadonlyArray<Store.NewJob>,
+  { inUserTransaction, patience }: Manner
+): Effect.Effect<ReadonlyArray<Enqueued>, SqlError> =>
+  Effect.gen(function*() {
+    const done = new Map<string, Enqueued>()
+    let open = jobs
+    while (open.length > 0) {
+      const inserted = yield* store.insertUnique(open, inUserTransaction, patience)
+      for (const job of open) if (inserted.has(job.id)) done.set(job.id, enqueuedAs(job, true))
+      const losers = open.filter((job) => !inserted.has(job.id))
+      if (losers.length === 0) break
+      const holders = new Map(
+        (yield* store.holders(losers, inUserTransaction)).map((holder) => [holder.id, holder] as const)
+      )
+      const expired: Array<Store.NewJob> = []
+      const again: Array<Store.NewJob> = []
+      for (const job of losers) {
+        const holder = holders.get(job.id)
+        if (holder === undefined) again.push(job)
+        else if (holder.expired) expired.push(job)
+        // The key is held by this very job.
+        else if (holder.holder === job.id) done.set(job.id, enqueuedAs(job, false))
+        else {
+          const replaced = job.unique!.onConflict !== "keep" &&
+            (yield* store.replace(holder.holder, job, inUserTransaction))
+          // Sound: the holder of a key is a job of this queue.
+          done.set(job.id, { id: holder.holder as JobId, status: replaced ? "replaced" : "existing" })
+        }
+      }
+      if (expired.length > 0) yield* store.expireKeys(expired, inUserTransaction)
+      open = [...again, ...expired]
+    }
+    return jobs.map((job) => done.get(job.id)!)
+  })
+
+/**
+ * Sorts jobs by the hash of their keys, as the statements do inside: two bulks of several statements cannot deadlock.
+ */
+export const inKeyOrder = (jobs: ReadonlyArray<Store.NewJob>): ReadonlyArray<Store.NewJob> =>
+  jobs
+    .map((job) => ({ job, hash: createHash("sha256").update(`${job.kind}\x1f${job.unique?.key}`).digest("hex") }))
+    .toSorted((a, b) => (a.hash < b.hash ? -1 : 1))
+    .map(({ job }) => job)
+
+const enqueuedAs = (job: Store.NewJob, inserted: boolean): Enqueued => ({
+  // Sound: ids are made or checked in `Enqueue.resolve`.
+  id: job.id as JobId,
+  // An id of our own that is there already was inserted by an earlier send whose answer was lost.
+  status: inserted || job.idGiven !== true ? "inserted" : "existing"
+})
