@@ -53,6 +53,11 @@ const ownConfig = (config: PgClient.PgClientConfig): PgConnection.Config => ({
     idle_in_transaction_session_timeout: "60s",
     jit: "off",
     ...config.startupParameters,
+    // What the role or the database sets for the application: a sweep or a settle that is cancelled half-way, and sent
+    // again as it was, never ends. The queue bounds its statements itself.
+    statement_timeout: "0",
+    lock_timeout: "0",
+    idle_session_timeout: "0",
     default_transaction_isolation: "read committed",
     default_transaction_read_only: "off",
     search_path: "pg_catalog",

@@ -128,7 +128,8 @@ export const statements = (s: string) => {
     where own.id is not null or k.job is not null`
 
   // Only a holder that stands in line: the line entry is deleted first, and who runs has none. The job's row is locked
-  // before, and skipped when somebody else has it. `debounce` takes the new due time, `replace` keeps the old one.
+  // before, and skipped when somebody else has it. `debounce` takes the new due time and
+  // begins the period again, `replace` keeps both.
   const replace = `with held as materialized (
       select j.id, j.queue, j.priority, j.run_at, j.attempt, case when j.rescued >= 2 then 100 else 0 end as suspect
       from ${s}.job j where j.id = $1::uuid for update skip locked
@@ -139,12 +140,16 @@ export const statements = (s: string) => {
     ), changed as (
       update ${s}.job j set kind = $2::text, queue = $3::text, priority = $4::int2, max_attempts = $5::int4, timeout_ms = $6::int8,
         payload = $7::json, metadata = $8::json, trace = nullif($9::text, ''),
-        run_at = case when $10::text = 'replace' then j.run_at else due.at end
+        run_at = case when $10::text = 'replace' then j.run_at else due.at end,
+        scheduled_for = case when $10::text = 'replace' then j.scheduled_for else due.at end
       from gone, held h, (select greatest(clock_timestamp(),
           case when $12::text = '' then clock_timestamp() + $11::float8 * interval '1 millisecond'
-          else timestamptz 'epoch' + $12::float8 * interval '1 millisecond' end) as at) due
+          else timestamptz 'epoch' + nullif($12::text, '')::float8 * interval '1 millisecond' end) as at) due
       where j.id = $1::uuid and h.id = j.id
-      returning j.id, j.kind, j.queue, j.priority + h.suspect as lane, j.run_at, j.attempt
+      returning j.id, j.kind, j.queue, j.priority + h.suspect as lane, j.run_at, j.attempt, j.unique_key
+    ), prolonged as (
+      update ${s}.unique_key u set expires_at = clock_timestamp() + nullif($13::text, '')::float8 * interval '1 millisecond'
+      from changed c where u.key = c.unique_key and u.job = c.id and $10::text = 'debounce' and $13::text <> ''
     ), line as (
       insert into ${s}.ready (queue, lane, run_at, id, kind, attempt)
       select queue, lane, run_at, id, kind, attempt from changed on conflict do nothing

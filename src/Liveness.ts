@@ -4,6 +4,7 @@
  * @since 0.1.0
  */
 import type * as PgConnection from "@effect/sql-pg/PgConnection"
+import * as Cause from "effect/Cause"
 import * as Clock from "effect/Clock"
 import { SecureRandom } from "effect/crypto"
 import * as Effect from "effect/Effect"
@@ -28,6 +29,8 @@ export interface Liveness {
   readonly settled: () => boolean
   /** Says that a connection was lost: nothing starts until the leases have been compared. */
   readonly doubt: () => void
+  /** The worker is about to be unregistered: it is not to be registered again. */
+  readonly retire: () => void
   /** Beats until it is interrupted. */
   readonly run: Effect.Effect<void>
 }
@@ -48,10 +51,10 @@ export const make = Effect.fnUntraced(function*(options: {
   /** The leases this process knows of, with whether the answer to their claim has arrived. */
   readonly leases: () => ReadonlyMap<string, { readonly confirmed: boolean }>
   /**
-   * These leases are no longer ours; all of them when `undefined`. `blocked`: this process did not get to its heartbeats,
-   * and one of its jobs may be the reason.
+   * These leases are no longer ours; all of them when `undefined`. `unheard`: the database was there and heard nothing of
+   * this process, and one of its jobs may be the reason.
    */
-  readonly onLost: (leases: ReadonlyArray<string> | undefined, blocked: boolean) => void
+  readonly onLost: (leases: ReadonlyArray<string> | undefined, unheard: boolean) => void
   /** These jobs are marked as cancelled. */
   readonly onCancelled: (jobs: ReadonlyArray<string>) => void
   /** The worker may start jobs again. */
@@ -70,19 +73,22 @@ export const make = Effect.fnUntraced(function*(options: {
   let aliveSince = Infinity
   /** When a connection was last lost. */
   let doubted = -Infinity
+  /** When the database last could not be reached. */
+  let unreachable = -Infinity
+  let retired = false
   let lost = true
 
   const inTime = () => now() - lastBeat < options.lease - margin
   const alive = () => registered && inTime() && lastBeat > doubted
 
-  const loseAll = (blocked: boolean) => {
+  const loseAll = (unheard: boolean) => {
     aliveSince = Infinity
     lost = true
-    options.onLost(undefined, blocked)
+    options.onLost(undefined, unheard)
   }
 
   const register = Effect.gen(function*() {
-    if (registered) return
+    if (registered || retired) return
     yield* Bounded.bounded(options.store.register({ ...options.worker, id, lease: options.lease }), options.lease / 3)
     registered = true
   })
@@ -101,6 +107,7 @@ export const make = Effect.fnUntraced(function*(options: {
       // Sound: the columns of `beatText`.
       const answer = Store.readBeat(rows as Parameters<typeof Store.readBeat>[0])
       if (!answer.alive) {
+        if (retired) return
         yield* Effect.logWarning(
           `effect-pgqueue: worker ${id} was declared dead; its jobs are interrupted, it starts again under a new id`
         )
@@ -146,18 +153,13 @@ export const make = Effect.fnUntraced(function*(options: {
     : Effect.flatMap(options.database.connect(), beats)
 
   // Decided by this process's own monotonic clock, never by waiting for an answer.
-  const glance = Math.max(50, margin / 4)
   const watch = Effect.gen(function*() {
-    const slept = now()
-    yield* Effect.sleep(glance)
+    yield* Effect.sleep(Math.max(50, margin / 4))
     if (lost || inTime()) return
-    const blocked = now() - slept - glance > margin / 2
     yield* Effect.logWarning(
-      `effect-pgqueue: no heartbeat of worker ${id} got through in time${
-        blocked ? ", because a job kept this process from running" : ""
-      }; its jobs are interrupted`
+      `effect-pgqueue: no heartbeat of worker ${id} got through in time; its jobs are interrupted`
     )
-    loseAll(blocked)
+    loseAll(unreachable < lastBeat)
   }).pipe(Effect.forever)
 
   const liveness: Liveness = {
@@ -168,12 +170,18 @@ export const make = Effect.fnUntraced(function*(options: {
       doubted = now()
       kick.openUnsafe()
     },
+    retire: () => {
+      retired = true
+    },
     run: Effect.raceFirst(
       watch,
       Bounded.scoped(life).pipe(
         Effect.sandbox,
         Effect.tapError((cause) => {
           doubted = now()
+          if (cause.reasons.some((reason) => Cause.isFailReason(reason) && Database.isConnectionLoss(reason.error))) {
+            unreachable = doubted
+          }
           return episode.failed(cause)
         }),
         Effect.retry(Database.backoff),

@@ -127,9 +127,9 @@ export const start = Effect.fnUntraced(function*(options: {
     lease: options.lease,
     beat: options.heartbeat,
     leases: () => leases,
-    onLost: (gone, blocked) => {
+    onLost: (gone, unheard) => {
       for (const id of gone ?? [...leases.keys()]) {
-        for (const running of leases.get(id)?.jobs.values() ?? []) interrupt(running, blocked ? "blocked" : "lost")
+        for (const running of leases.get(id)?.jobs.values() ?? []) interrupt(running, unheard ? "unheard" : "lost")
         if (gone !== undefined) leases.delete(id)
       }
     },
@@ -375,6 +375,7 @@ export const start = Effect.fnUntraced(function*(options: {
     for (const running of runs) interrupt(running, "shutdown")
     yield* quiet(1500)
     yield* Effect.ignore(Bounded.bounded(Effect.andThen(claimsAnswered, settler.drained), left()))
+    liveness.retire()
     // A handler that does not stop keeps its lease until the others see that this process is gone.
     const kept = runs.size + settler.size()
     if (kept > 0) {

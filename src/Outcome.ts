@@ -29,7 +29,7 @@ export type Intent =
   | { readonly _tag: "Snooze"; readonly delay: number }
 
 /** Why the worker interrupted a run. */
-export type Interruption = "shutdown" | "lost" | "blocked" | "cancelled" | "timeout"
+export type Interruption = "shutdown" | "lost" | "unheard" | "cancelled" | "timeout"
 
 /**
  * Decides the outcome of a run.
@@ -52,8 +52,8 @@ export const fromExit = <A, E>(
       case "shutdown":
       case "lost":
         return { _tag: "Release", lost: false }
-      // One of the jobs that ran here kept the process from its heartbeats: as little is known as after a crash.
-      case "blocked":
+      // One of the jobs that ran here may have kept the process from its heartbeats: as little is known as after a crash.
+      case "unheard":
         return { _tag: "Release", lost: true }
       case "cancelled":
         return { _tag: "Cancel", reason: "" }

@@ -235,7 +235,7 @@ const settlement = (
       return Effect.succeed(
         outcome.lost
           ? entry("lost", {
-            failure: { tag: "Lost", message: "the worker was out of touch for its lease time", error: undefined }
+            failure: { tag: "Lost", message: "the worker was not heard of for its lease time", error: undefined }
           })
           : entry("released", {})
       )

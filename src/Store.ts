@@ -280,7 +280,8 @@ export const make = (db: Database.Database, schema: string) => {
           job.trace ?? "",
           job.unique!.onConflict,
           String(job.delay),
-          job.runAt === undefined ? "" : String(job.runAt)
+          job.runAt === undefined ? "" : String(job.runAt),
+          job.unique!.period === undefined ? "" : String(job.unique!.period)
         ]),
         (rows) => rows[0]!.count === 1
       ),

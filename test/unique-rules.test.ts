@@ -52,6 +52,19 @@ describe("onConflict", () => {
       yield* allInPlace
     })))
 
+  it.live("debounce begins the period again, replace does not", () =>
+    withQueue(Effect.gen(function*() {
+      const expiry = value<string>("select expires_at::text from pgqueue.unique_key")
+      const rule = (onConflict: "replace" | "debounce") =>
+        ({ unique: { key: "k", period: "1 hour", onConflict }, delay: "2 hours" }) as const
+      yield* Sync.enqueue({ n: 1 }, rule("replace"))
+      const first = yield* expiry
+      yield* Sync.enqueue({ n: 2 }, rule("replace"))
+      assert.strictEqual(yield* expiry, first)
+      assert.strictEqual((yield* Sync.enqueue({ n: 3 }, rule("debounce"))).status, "replaced")
+      assert.isTrue(yield* value<boolean>("select $1::timestamptz > $2::timestamptz", [yield* expiry, first]))
+    })))
+
   it.live("replace in a transaction that rolls back changes nothing", () =>
     withQueue(Effect.gen(function*() {
       const sql = yield* SqlClient.SqlClient
