@@ -215,7 +215,8 @@ describe("a job that fails", () => {
         Worker.layer({ jobs: [Often] }).pipe(Layer.provide(Often.toLayer(() => Effect.die("x"))))
       )
       yield* Often.enqueueAll(Array.from({ length: 50 }, (_, n) => ({ n })))
-      yield* untilAllEnded()
+      const took = yield* untilAllEnded()
+      assert.isBelow(took, 3000, "and not much later either")
       yield* assertRows(
         `select job::text from (
            select job, ended_at - lag(ended_at) over (partition by job order by n) as gap from pgqueue.attempt) a
