@@ -1,6 +1,9 @@
 /**
  * The statements that bring jobs in: insert, insert under a unique key, and what the losers of a key do next.
  *
+ * They also run in the application's own sessions, whose search_path is not ours: functions are named with their schema
+ * (`unnest` of several arrays is grammar, and always the built-in one).
+ *
  * @since 0.1.0
  */
 
@@ -67,7 +70,7 @@ export const statements = (s: string) => {
   // The lock timeout is for the one wait there can be: another transaction that has taken an id or a key and not ended.
   const input = (extraColumns: string, keyed: boolean) =>
     `clock as materialized (
-      select clock_timestamp() as now, case when $12::text <> '' then set_config('lock_timeout', $12::text, true) end as patience
+      select pg_catalog.clock_timestamp() as now, case when $12::text <> '' then pg_catalog.set_config('lock_timeout', $12::text, true) end as patience
     ),
     input as materialized (
       select ${
@@ -95,8 +98,8 @@ export const statements = (s: string) => {
       insert into ${s}.ready (queue, lane, run_at, id, kind, attempt)
       select queue, priority, run_at, id, kind, 0 from inserted on conflict do nothing
     )
-    select count(*)::int4 as count, array_to_string(array_agg(id), ',') as ids,
-      ${s}.refuse_finished(coalesce(array_agg(id), '{}'), ${expected})::text as checked from inserted`
+    select pg_catalog.count(*)::int4 as count, pg_catalog.array_to_string(pg_catalog.array_agg(id), ',') as ids,
+      ${s}.refuse_finished(coalesce(pg_catalog.array_agg(id), '{}'), ${expected})::text as checked from inserted`
 
   const insert = `with ${input("", false)}, ${insertion("input", "null", "0")}`
   // An id that is there already takes no key with it: nobody would ever give that key back. One that comes in at the same
@@ -115,11 +118,11 @@ export const statements = (s: string) => {
       on conflict (key) do nothing returning job
     ), won as materialized (
       select * from input i where case when i.id in (select job from keys) then true else false end
-    ), ${insertion("won", "key", "(select count(*)::int4 from won)")}`
+    ), ${insertion("won", "key", "(select pg_catalog.count(*)::int4 from won)")}`
 
   // A job that is there, or has ended, answers for itself: this was a replay, whoever has the key by now.
   const holders = `select i.id::text as id, coalesce(own.id, k.job)::text as holder,
-      own.id is null and coalesce(k.expires_at <= clock_timestamp(), false) as expired
+      own.id is null and coalesce(k.expires_at <= pg_catalog.clock_timestamp(), false) as expired
     from unnest($1::uuid[], $2::text[], $3::text[]) as i(id, kind, key)
     left join lateral (
       select j.id from ${s}.job j where j.id = i.id union all select f.id from ${s}.finished f where f.id = i.id limit 1
@@ -142,26 +145,26 @@ export const statements = (s: string) => {
         payload = $7::json, metadata = $8::json, trace = nullif($9::text, ''),
         run_at = case when $10::text = 'replace' then j.run_at else due.at end,
         scheduled_for = case when $10::text = 'replace' then j.scheduled_for else due.at end
-      from gone, held h, (select greatest(clock_timestamp(),
-          case when $12::text = '' then clock_timestamp() + $11::float8 * interval '1 millisecond'
+      from gone, held h, (select greatest(pg_catalog.clock_timestamp(),
+          case when $12::text = '' then pg_catalog.clock_timestamp() + $11::float8 * interval '1 millisecond'
           else timestamptz 'epoch' + nullif($12::text, '')::float8 * interval '1 millisecond' end) as at) due
       where j.id = $1::uuid and h.id = j.id
       returning j.id, j.kind, j.queue, j.priority + h.suspect as lane, j.run_at, j.attempt, j.unique_key
     ), prolonged as (
-      update ${s}.unique_key u set expires_at = clock_timestamp() + nullif($13::text, '')::float8 * interval '1 millisecond'
+      update ${s}.unique_key u set expires_at = pg_catalog.clock_timestamp() + nullif($13::text, '')::float8 * interval '1 millisecond'
       from changed c where u.key = c.unique_key and u.job = c.id and $10::text = 'debounce' and $13::text <> ''
     ), line as (
       insert into ${s}.ready (queue, lane, run_at, id, kind, attempt)
       select queue, lane, run_at, id, kind, attempt from changed on conflict do nothing
     )
-    select count(*)::int4 as count from changed`
+    select pg_catalog.count(*)::int4 as count from changed`
 
   // The condition on the time is opaque: the planner would rather walk the index of all keys with a period.
   const expireKeys = `delete from ${s}.unique_key where key = any (array(
       select k.key from (select distinct ${s}.hash_key(i.kind, i.key) as key from unnest($1::text[], $2::text[]) as i(kind, key)) i
       cross join lateral (
         select u.key from ${s}.unique_key u
-        where u.key = i.key and case when u.expires_at <= clock_timestamp() then true else false end for update skip locked
+        where u.key = i.key and case when u.expires_at <= pg_catalog.clock_timestamp() then true else false end for update skip locked
       ) k))`
 
   return { insert, insertUnique, holders, replace, expireKeys }
