@@ -8,6 +8,7 @@ import type * as Context from "effect/Context"
 import * as Deferred from "effect/Deferred"
 import * as Effect from "effect/Effect"
 import * as Schedule from "effect/Schedule"
+import * as Semaphore from "effect/Semaphore"
 import { ConnectionError, SqlError } from "effect/sql/SqlError"
 import * as Bounded from "./Bounded.ts"
 import * as Database from "./Database.ts"
@@ -90,9 +91,14 @@ export const make = Effect.fnUntraced(function*(options: {
   const abandon = (group: ReadonlyArray<Waiting>, cause: Cause.Cause<never>) =>
     Effect.sync(() => group.forEach((one) => settle(one, Effect.failCause(cause))))
 
+  // A stranger's transaction may hold many keys: those who wait for it are not to take the queue's whole pool.
+  const probes = Semaphore.makeUnsafe(2)
+
   /** Collects and sends one sort of jobs. */
   const collect = (send: Send, patience: number | undefined) => {
-    let pending: Array<Waiting> = []
+    const pending = new Set<Waiting>()
+    /** Who waits for an id or a key that somebody probes already. */
+    const probed = new Map<string, Array<Waiting>>()
     let sending = false
 
     /**
@@ -106,15 +112,32 @@ export const make = Effect.fnUntraced(function*(options: {
           onFailure: (error) => {
             const locked = patience !== undefined && Database.sqlState(error) === lockTimeout
             if (!locked && !Database.isDataFault(error)) return fail(group, error)
-            if (group.length === 1) return locked ? Effect.asVoid(fork(waitAlone(group[0]!))) : fail(group, error)
+            if (group.length === 1) return locked ? waitApart(group[0]!) : fail(group, error)
             const middle = group.length >> 1
             return Effect.andThen(sendGroup(group.slice(0, middle)), sendGroup(group.slice(middle)))
           }
         })
       )
 
-    const waitAlone = (one: Waiting): Effect.Effect<void> =>
-      persistently(send([one.job], lonePatience)).pipe(
+    /** Waits for a stranger's transaction, apart from the others; who wants the same id or key waits for the outcome. */
+    const waitApart = (one: Waiting): Effect.Effect<void> =>
+      Effect.suspend(() => {
+        const name = one.job.unique === undefined ? one.job.id : `${one.job.kind}\x1f${one.job.unique.key}`
+        const known = probed.get(name)
+        if (known !== undefined) return Effect.sync(() => void known.push(one))
+        const others: Array<Waiting> = []
+        probed.set(name, others)
+        return Effect.asVoid(fork(Effect.ensuring(
+          probe(one),
+          Effect.suspend(() => {
+            probed.delete(name)
+            return submit(others.filter((other) => waiting.has(other)))
+          })
+        )))
+      })
+
+    const probe = (one: Waiting): Effect.Effect<void> =>
+      persistently(Semaphore.withPermit(probes, send([one.job], lonePatience))).pipe(
         Effect.retry({
           while: (error) => Database.sqlState(error) === lockTimeout && waiting.has(one),
           schedule: Schedule.jittered(Schedule.spaced("20 millis"))
@@ -127,29 +150,36 @@ export const make = Effect.fnUntraced(function*(options: {
       )
 
     const sender = Effect.gen(function*() {
-      while (pending.length > 0) {
-        const group = pending.splice(0, maxRows)
+      while (pending.size > 0) {
+        const group = [...take(pending, maxRows)]
         yield* Effect.catchCause(sendGroup(group), (cause) => abandon(group, cause))
       }
     }).pipe(Effect.ensuring(Effect.sync(() => {
       sending = false
     })))
 
+    const submit = (group: ReadonlyArray<Waiting>): Effect.Effect<void> =>
+      Effect.suspend(() => {
+        for (const one of group) pending.add(one)
+        if (sending || pending.size === 0) return Effect.void
+        sending = true
+        return Effect.asVoid(fork(sender))
+      })
+
     return (job: Store.NewJob): Effect.Effect<Enqueued, SqlError> =>
       Effect.suspend(() => {
         if (closed) return Effect.die(new Error("the layer of this JobQueue has been closed"))
         const one: Waiting = { job, result: Deferred.makeUnsafe() }
-        pending.push(one)
         waiting.add(one)
-        const awaited = Effect.onInterrupt(Deferred.await(one.result), () =>
-          Effect.sync(() => {
-            // Not sent yet: then it never is. Sent: the caller does not learn what became of it.
-            pending = pending.filter((other) => other !== one)
-            waiting.delete(one)
-          }))
-        if (sending) return awaited
-        sending = true
-        return Effect.andThen(fork(sender), awaited)
+        return Effect.andThen(
+          submit([one]),
+          Effect.onInterrupt(Deferred.await(one.result), () =>
+            Effect.sync(() => {
+              // Not sent yet: then it never is. Sent: the caller does not learn what became of it.
+              pending.delete(one)
+              waiting.delete(one)
+            }))
+        )
       })
   }
 
@@ -166,6 +196,16 @@ export const make = Effect.fnUntraced(function*(options: {
 })
 
 const lockTimeout = "55P03"
+
+/** Takes the first elements out of a set. */
+function* take<A>(from: Set<A>, most: number) {
+  let taken = 0
+  for (const one of from) {
+    if (taken++ >= most) return
+    from.delete(one)
+    yield one
+  }
+}
 
 /**
  * Tries again through an outage, for a while. The ids are the same each time, so nothing is inserted twice.

@@ -7,6 +7,7 @@
 import * as Cause from "effect/Cause"
 import * as Effect from "effect/Effect"
 import * as Latch from "effect/Latch"
+import { isSqlError } from "effect/sql/SqlError"
 import * as Bounded from "./Bounded.ts"
 import * as Database from "./Database.ts"
 import * as Episode from "./Episode.ts"
@@ -18,6 +19,20 @@ const maxEntries = 1000
 
 /** Beyond this many unsettled jobs nothing is claimed: a database that cannot settle shall not be asked for more. */
 const backPressure = 5000
+
+/** The most text of one settle, in characters: results of 1 MiB each are not to make a message that nobody can send. */
+const maxText = 4_000_000
+
+/** How many entries make a batch. */
+const cut = (entries: ReadonlyArray<Settlement.Entry>, most: number): number => {
+  let text = 0
+  let count = 0
+  while (count < entries.length && count < most && (count === 0 || text < maxText)) {
+    const entry = entries[count++]!
+    text += (entry.result?.length ?? 0) + (entry.failure?.message.length ?? 0) + (entry.failure?.error?.length ?? 0)
+  }
+  return count
+}
 
 /** A settle on a dead link never answers. */
 const settleBound = 15_000
@@ -109,9 +124,10 @@ export const make = (options: {
           return Effect.andThen(send(entries.slice(0, middle)), send(entries.slice(middle)))
         }
         // Whatever else it is, it is not the jobs' fault. Sent again as it is, a settle that did get through finds
-        // nothing left to change. What did not fit into the time comes in smaller parts.
+        // nothing left to change.
         if (error instanceof Bounded.TimedOut || Database.isConnectionLoss(error)) options.onDoubt()
-        if (error instanceof Bounded.TimedOut || Database.isStatementTimeout(error)) {
+        // What did not fit into the time, or into a message, comes in smaller parts.
+        if (!isSqlError(error) || Database.isStatementTimeout(error)) {
           most = Math.max(1, Math.min(most, entries.length) >> 1)
         }
         again(entries)
@@ -145,7 +161,7 @@ export const make = (options: {
     full: () => full,
     run: Effect.gen(function*() {
       yield* some.await
-      const batch = waiting.splice(0, most)
+      const batch = waiting.splice(0, cut(waiting, most))
       if (batch.length === 0) {
         some.closeUnsafe()
         if (inFlight === 0) empty.openUnsafe()
