@@ -1,0 +1,229 @@
+/** When a worker may start jobs, what it hears of, and what becomes of the jobs of one that is not heard of. */
+import { PgClient } from "@effect/sql-pg"
+import { assert, describe, it } from "@effect/vitest"
+import { Context, DateTime, Effect, Exit, Layer, Redacted, Schedule, Schema, Scope } from "effect"
+import { SqlClient } from "effect/sql"
+import { Job, JobQueue, Worker } from "../src/index.ts"
+import { clientLayer } from "./support/database.ts"
+import { Ledger } from "./support/ledger.ts"
+import { makeLink } from "./support/link.ts"
+import {
+  allInPlace,
+  assertRows,
+  databaseUrl,
+  databaseWithLedger,
+  queueLayer,
+  rows,
+  running,
+  until,
+  untilAllEnded,
+  untilValue,
+  value,
+  withQueue
+} from "./support/queue.ts"
+
+class Note extends Job.make("note", { payload: { n: Schema.Number } }) {}
+const NoteHandler = Note.toLayer(() => Effect.flatMap(Ledger, ({ record }) => record("start")))
+
+const started = (count: number, within: number) =>
+  untilValue("select count(*)::int from ledger where phase = 'start'", count, { within })
+
+/** A queue whose sessions go over a link. */
+const overLink = Effect.gen(function*() {
+  const link = yield* makeLink(yield* databaseUrl)
+  const queue = Layer.provideMerge(
+    JobQueue.layer(),
+    PgClient.layer({ url: Redacted.make(link.url), maxConnections: 3 })
+  )
+  return { link, queue: yield* Layer.build(Layer.fresh(queue)) }
+})
+
+/** Long enough that what waits for a poll or for a regular heartbeat is seen to wait. */
+const rare = { pollInterval: "30 seconds", heartbeat: "20 seconds", lease: "60 seconds" } as const
+
+const beat = "beat_at = clock_timestamp() where id = $1"
+
+describe("a worker that loses sessions", () => {
+  it.live("compares its leases again when one more is lost while it compares them", () =>
+    withQueue(Effect.gen(function*() {
+      const { link, queue } = yield* overLink
+      yield* running(
+        Worker.layer({ jobs: [Note], ...rare }).pipe(
+          Layer.provide(NoteHandler),
+          Layer.provide(Layer.succeedContext(queue))
+        )
+      )
+      yield* Note.enqueue({ n: 0 })
+      yield* started(1, 10_000)
+      link.holdAnswersTo(beat)
+      const listening = () => link.sessions("LISTEN") > 0
+      yield* until("it listens", Effect.sync(listening))
+      link.cut("LISTEN")
+      yield* until("a beat is out", Effect.sync(() => link.held() > 0))
+      yield* until("it listens again", Effect.sync(listening))
+      link.cut("LISTEN")
+      yield* Effect.sleep(300)
+      link.letThrough()
+      yield* Note.enqueue({ n: 1 })
+      yield* started(2, 10_000)
+    })))
+
+  it.live("hears of what was announced by a session that was cut while it was idle", () =>
+    withQueue(
+      Effect.gen(function*() {
+        const other = yield* Layer.build(queueLayer())
+        yield* running(
+          Worker.layer({ jobs: [Note], ...rare }).pipe(
+            Layer.provide(NoteHandler),
+            Layer.provide(Layer.succeedContext(other))
+          )
+        )
+        yield* Note.enqueue({ n: 0 })
+        yield* started(1, 10_000)
+        for (let n = 1; n <= 2; n++) {
+          const cut = yield* until(
+            "the session that announces is cut",
+            Effect.map(
+              value(
+                `select count(pg_terminate_backend(pid))::int from pg_stat_activity
+                 where datname = current_database() and application_name = 'producer' and query like '%pg_notify%'`
+              ),
+              (count) => count > 0
+            )
+          )
+          assert.isBelow(cut, 20_000)
+          yield* Effect.sleep(300)
+          yield* Note.enqueue({ n })
+          yield* started(n + 1, 10_000)
+        }
+      }),
+      { pool: { applicationName: "producer" } }
+    ))
+})
+
+describe("a worker that is idle", () => {
+  it.live("finds what becomes due just after it has looked", () =>
+    withQueue(Effect.gen(function*() {
+      yield* running(Worker.layer({ jobs: [Note], ...rare }).pipe(Layer.provide(NoteHandler)))
+      let n = 0
+      for (const ahead of [6, 8, 10, 12, 14, 16, 18, 20, 22, 25]) {
+        const due = yield* value("select (extract(epoch from clock_timestamp()) * 1000)::float8 + $1::int", [ahead])
+        yield* Note.enqueue({ n }, { runAt: DateTime.makeUnsafe(due) })
+        yield* started(++n, 10_000)
+        yield* Effect.sleep(100)
+      }
+      for (const ahead of [5, 10, 15]) {
+        yield* rows(
+          `select pgqueue.enqueue('note', '{"n":0}', delay => $1::int * interval '1 ms')`,
+          [ahead]
+        )
+        yield* started(++n, 10_000)
+        yield* Effect.sleep(100)
+      }
+    })))
+
+  it.live("listens on one session together with the others of its process", () =>
+    withQueue(Effect.gen(function*() {
+      class Mail extends Job.make("mail", { queue: "mail" }) {}
+      const handlers = [
+        NoteHandler,
+        Mail.toLayer(() => Effect.flatMap(Ledger, ({ record }) => record("start")))
+      ] as const
+      yield* running(Worker.layer({ jobs: [Note], ...rare }).pipe(Layer.provide([...handlers])))
+      yield* running(Worker.layer({ jobs: [Note], ...rare }).pipe(Layer.provide([...handlers])))
+      yield* running(Worker.layer({ jobs: [Mail], ...rare }).pipe(Layer.provide([...handlers])))
+      // Its last query is LISTEN, or the question whether it is still there.
+      const listening = value(
+        `select count(*)::int from pg_stat_activity
+         where datname = current_database() and (query ilike 'listen%' or query = 'select 1 as here')`
+      )
+      yield* untilValue("select count(*)::int from pgqueue.worker", 3)
+      yield* until("it listens", Effect.map(listening, (count) => count > 0))
+      yield* Effect.sleep(500)
+      assert.strictEqual(yield* listening, 1)
+      // And each of them hears of what is its own.
+      const other = yield* Layer.build(queueLayer())
+      yield* Effect.provideContext(Effect.andThen(Note.enqueue({ n: 1 }), Mail.enqueue()), other)
+      yield* started(2, 10_000)
+    })))
+})
+
+describe("a worker that is not heard of", () => {
+  /** As often as the first loss, which is free, and the one attempt allow. */
+  const bounded = Effect.gen(function*() {
+    yield* untilAllEnded({ within: 20_000 })
+    yield* assertRows("select status, attempt::int, rescued::int, error ->> 'tag' as tag from pgqueue.finished", [
+      { status: "discarded", attempt: 1, rescued: 2, tag: "Lost" }
+    ])
+    assert.strictEqual(yield* value("select count(*)::int from ledger"), 2)
+    yield* allInPlace
+  })
+  const timing = { lease: 1800, heartbeat: 200, rescueInterval: 300, gracePeriod: 0 } as const
+
+  it.live("because a handler blocks the process spends attempts of its jobs", () =>
+    withQueue(Effect.gen(function*() {
+      class Blocking extends Job.make("blocking", { maxAttempts: 1, retry: Schedule.recurs(5) }) {}
+      const BlockingHandler = Blocking.toLayer(() =>
+        Effect.gen(function*() {
+          const { record } = yield* Ledger
+          yield* record("start")
+          const end = performance.now() + 1750
+          while (performance.now() < end) { /* as a long computation would */ }
+          yield* Effect.sleep("1 second")
+        })
+      )
+      yield* running(Worker.layer({ jobs: [Blocking], ...timing }).pipe(Layer.provide(BlockingHandler)))
+      yield* Effect.sleep(500)
+      yield* Blocking.enqueue()
+      yield* bounded
+    })))
+
+  it.live("because a handler keeps the only connection spends attempts of its jobs", () => {
+    const anonymous = Layer.effect(
+      SqlClient.SqlClient,
+      Effect.map(PgClient.PgClient, (client) =>
+        new Proxy(client, {
+          has: (target, key) => key !== PgClient.TypeId && key in target,
+          get: (target, key) => key === PgClient.TypeId || key === "config" ? undefined : Reflect.get(target, key)
+        }) as SqlClient.SqlClient)
+    ).pipe(Layer.provide(clientLayer({ maxConnections: 1 })))
+    return Effect.scoped(Effect.gen(function*() {
+      class Keeping extends Job.make("keeping", { maxAttempts: 1, retry: Schedule.recurs(5) }) {}
+      const KeepingHandler = Keeping.toLayer(() =>
+        Effect.gen(function*() {
+          const { record } = yield* Ledger
+          const sql = yield* SqlClient.SqlClient
+          yield* record("start")
+          yield* Effect.orDie(sql.withTransaction(Effect.andThen(sql`select 1`, Effect.sleep("4 seconds"))))
+        })
+      )
+      yield* Keeping.enqueue()
+      yield* running(Worker.layer({ jobs: [Keeping], ...timing }).pipe(Layer.provide(KeepingHandler)))
+      yield* bounded
+    })).pipe(
+      Effect.provide(JobQueue.layer().pipe(Layer.provideMerge(anonymous), Layer.provideMerge(databaseWithLedger())))
+    )
+  })
+})
+
+describe("a worker that has said goodbye", () => {
+  it.live("does not register again, whatever its last heartbeats find", () =>
+    withQueue(Effect.gen(function*() {
+      const { link, queue } = yield* overLink
+      const scope = yield* Scope.make()
+      const worker = Worker.layer({ jobs: [Note], heartbeat: 20, gracePeriod: 0 }).pipe(
+        Layer.provide(NoteHandler),
+        Layer.provide(Layer.succeedContext(queue))
+      )
+      yield* Layer.buildWithScope(Layer.fresh(worker), scope)
+      yield* untilValue("select count(*)::int from pgqueue.worker", 1)
+      yield* Effect.provideContext(Note.enqueue({ n: 0 }), Context.pick(JobQueue)(queue))
+      yield* started(1, 10_000)
+      // Its row is gone and it beats on, for as long as it does not know.
+      link.holdAnswersTo("delete from \"pgqueue\".worker where id = $1::uuid")
+      yield* Scope.close(scope, Exit.void)
+      yield* Effect.sleep(200)
+      yield* assertRows("select name from pgqueue.worker", [])
+      link.letThrough()
+    })))
+})
