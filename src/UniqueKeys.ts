@@ -68,7 +68,14 @@ export const insertKeyed = (
       if (expired.length > 0) yield* store.expireKeys(expired, inUserTransaction)
       open = [...again, ...expired]
     }
-    return jobs.map((job) => done.get(job.id)!)
+    const answered = new Set<string>()
+    return jobs.map((job) => {
+      const enqueued = done.get(job.id)!
+      // Of two jobs with one id the first went in.
+      const again = answered.has(job.id) && enqueued.status === "inserted"
+      answered.add(job.id)
+      return again ? enqueuedAs(job, false) : enqueued
+    })
   })
 
 /**
