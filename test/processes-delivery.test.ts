@@ -9,6 +9,7 @@ import {
   databaseUrl,
   rows,
   untilAllEnded,
+  untilQuiet,
   untilValue,
   value,
   withQueue
@@ -45,20 +46,34 @@ describe("a worker process whose slots are full", () => {
   it.live("leaves what it has claimed ahead to another process that is idle", () =>
     withQueue(Effect.gen(function*() {
       const url = yield* databaseUrl
+      // In one line: enough for it to learn that handlers are quick, what fills its slots, and what it has then claimed
+      // ahead already.
+      yield* Count.enqueueAll(Array.from({ length: 3000 }, (_, n) => ({ n })), { priority: "high" })
+      yield* Step.enqueueAll([1, 2, 3, 4].map(() => ({ millis: 3_600_000 })))
+      yield* Count.enqueueAll(Array.from({ length: 400 }, (_, n) => ({ n })), { priority: "low" })
       yield* startWorker({ url, name: "busy", concurrency: 4, gracePeriod: 0 })
-      // It has learned that handlers are quick, and claims ahead.
-      yield* Count.enqueueAll(Array.from({ length: 3000 }, (_, n) => ({ n })))
-      yield* untilAllEnded()
+      yield* untilValue("select count(*)::int from ledger l join pgqueue.job j on j.id = l.job where kind = 'step'", 4)
       yield* startWorker({ url, name: "idle", concurrency: 4, gracePeriod: 0 })
-      // What does not end is due together with what is quick, and before it.
-      yield* Step.enqueueAll([1, 2, 3, 4].map(() => ({ millis: 3_600_000 })), { priority: "high", delay: 1000 })
-      yield* Count.enqueueAll(Array.from({ length: 400 }, (_, n) => ({ n })), { priority: "low", delay: 1000 })
-      yield* untilValue("select count(*)::int from pgqueue.ready where run_at > clock_timestamp()", 0)
       const took = yield* untilValue("select count(*)::int from pgqueue.finished", 3400)
       assert.isBelow(took, 3000)
       yield* assertRows("select count(*)::int as running from ledger l join pgqueue.job j on j.id = l.job", [{
         running: 4
       }])
       yield* allInPlace
+    })), 120_000)
+})
+
+describe("a worker process that is idle", () => {
+  it.live("hears of what is enqueued elsewhere long before it looks by itself", () =>
+    withQueue(Effect.gen(function*() {
+      const url = yield* databaseUrl
+      const quiet = { pollInterval: 600_000, heartbeat: 300_000, lease: 900_000 }
+      yield* startWorker({ url, name: "idle", ...quiet })
+      yield* untilValue("select count(*)::int from pgqueue.worker", 1)
+      for (let n = 0; n < 8; n++) {
+        yield* untilQuiet("idle")
+        const { id } = yield* Count.enqueue({ n }, { delay: (n % 4) * 40 })
+        yield* untilValue("select count(*)::int from ledger where job = $1::uuid", 1, { params: [id], within: 10_000 })
+      }
     })), 120_000)
 })

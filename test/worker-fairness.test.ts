@@ -86,13 +86,12 @@ describe("handlers that do not end", () => {
         Worker.layer({ jobs: [Fast, Slow], name, concurrency: 4, pollInterval: 30_000, gracePeriod: 0 }).pipe(
           Layer.provide([FastHandler, SlowHandler])
         )
+      // In one line: enough for it to learn that handlers are quick, what fills its slots, and what it has then claimed
+      // ahead already.
+      yield* Fast.enqueueAll(many(3000), { priority: "high" })
+      yield* Slow.enqueueAll(Array.from({ length: 4 }, () => undefined))
+      yield* Fast.enqueueAll(many(400), { priority: "low" })
       yield* running(worker("busy"))
-      // It has learned that handlers are quick, and claims ahead.
-      yield* Fast.enqueueAll(many(3000))
-      yield* untilAllEnded()
-      // What fills its slots stands in front of what is quick, in one claim.
-      yield* Slow.enqueueAll(Array.from({ length: 4 }, () => undefined), { priority: "high", delay: 1500 })
-      yield* Fast.enqueueAll(many(400), { priority: "low", delay: 1500 })
       yield* untilValue("select count(*)::int from ledger where phase = 'slow'", 4)
       const idle = yield* Layer.build(queueLayer())
       yield* running(Layer.provide(worker("idle"), Layer.succeedContext(idle)))

@@ -15,6 +15,7 @@ import {
   rows,
   running,
   untilAllEnded,
+  untilQuiet,
   untilValue,
   value,
   withQueue
@@ -163,7 +164,7 @@ describe("a client that cannot LISTEN", () => {
         has: (target, key) => key !== PgClient.TypeId && key in target,
         get: (target, key) => key === PgClient.TypeId || key === "config" ? undefined : Reflect.get(target, key)
       }) as SqlClient.SqlClient)
-  ).pipe(Layer.provide(clientLayer()))
+  ).pipe(Layer.provide(clientLayer({ applicationName: "polling" })))
 
   const polling = <A, E, R>(body: Effect.Effect<A, E, R>) =>
     Effect.scoped(body).pipe(
@@ -184,6 +185,7 @@ describe("a client that cannot LISTEN", () => {
       yield* untilValue("select count(*)::int from pgqueue.worker", 1)
       const other = Context.pick(JobQueue)(yield* Layer.build(queueLayer()))
       for (let n = 0; n < 3; n++) {
+        yield* untilQuiet("polling")
         yield* Effect.provideContext(Note.enqueue({ n }), other)
         const took = yield* untilValue("select count(*)::int from ledger", n + 1)
         assert.isBelow(took, 5000)

@@ -4,7 +4,16 @@ import { Effect, Layer, Schema } from "effect"
 import { SecureRandom } from "effect/crypto"
 import { Job, Worker } from "../src/index.ts"
 import { Ledger } from "./support/ledger.ts"
-import { allInPlace, assertRows, rows, running, untilAllEnded, untilValue, withQueue } from "./support/queue.ts"
+import {
+  allInPlace,
+  assertRows,
+  rows,
+  running,
+  untilAllEnded,
+  untilQuiet,
+  untilValue,
+  withQueue
+} from "./support/queue.ts"
 
 class Note extends Job.make("note", { payload: { n: Schema.Number } }) {}
 
@@ -64,6 +73,21 @@ describe("one worker with one slot", () => {
          from ledger l join pgqueue.finished f on f.id = l.job`
       )
       assert.isBelow(late[0]!.ms, 500)
+    })))
+
+  it.live("finds a job that becomes due just after another was claimed, and does not wait for its next poll", () =>
+    withQueue(Effect.gen(function*() {
+      yield* running(
+        Worker.layer({ jobs: [Note], pollInterval: "1 hour" }).pipe(Layer.provide(NoteHandler))
+      )
+      yield* untilValue("select count(*)::int from pgqueue.worker", 1)
+      for (let later = 0; later < 40; later += 2) {
+        yield* untilQuiet("effect-pgqueue")
+        yield* Note.enqueue({ n: 1 }, { delay: 100 })
+        yield* Note.enqueue({ n: 2 }, { delay: 100 + later })
+        yield* untilAllEnded({ within: 5000 })
+      }
+      yield* nothingEarly
     })))
 
   it.live("takes an urgent job that arrives late before everything that has not started", () =>

@@ -104,6 +104,15 @@ export const untilValue = (
 export const untilAllEnded = (options?: { readonly within?: number; readonly every?: number }) =>
   untilValue("select count(*)::int from pgqueue.job", 0, options)
 
+/** Waits until the sessions with this `application_name` have asked nothing of the database for a while. */
+export const untilQuiet = (name: string) =>
+  untilValue(
+    `select coalesce(max(state_change) < clock_timestamp() - interval '300 ms', false) from pg_stat_activity
+     where application_name = $1 and datname = current_database() and query not like 'select 1 %'`,
+    true,
+    { params: [name] }
+  )
+
 /** Counts the entries of the ledger in one phase. */
 export const phases = (phase: string) => value("select count(*)::int from ledger where phase = $1", [phase])
 
