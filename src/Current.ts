@@ -41,7 +41,7 @@ export interface Info {
  * @category services
  * @since 0.1.0
  */
-export class Current extends Context.Service<Current, Info>()("effect-pgqueue/Job/Current") {}
+export class Current extends Context.Service<Current, Info>()("effect-pgqueue/Current") {}
 
 /** What handlers have asked for, by the run's `Info`. */
 const intents = new WeakMap<Info, Intent>()

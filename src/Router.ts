@@ -20,7 +20,7 @@ export interface Router {
   readonly ambiguous: string | undefined
 }
 
-/** A handler, and the name of the kind as its definition spells it: an alias is mapped back. */
+/** A handler, and the kind to tell it: under the family's own prefix, where the job came in under an alias of it. */
 export interface Route {
   readonly handling: Run.Handling
   readonly kind: string
@@ -41,7 +41,7 @@ export const make = (jobs: ReadonlyArray<Job.Any>, context: Context.Context<neve
     for (const name of [definition.name, ...definition.aliases]) {
       if (definition.family ? families.some(({ prefix }) => prefix === name) : exact.has(name)) ambiguous = name
       if (definition.family) families.push({ prefix: name, handling })
-      else exact.set(name, { handling, kind: definition.name })
+      else exact.set(name, { handling, kind: name })
     }
   }
   families.sort((a, b) => b.prefix.length - a.prefix.length)

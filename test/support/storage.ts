@@ -19,7 +19,7 @@ export class Storage extends Context.Service<Storage, {
   readonly sql: SqlClient.SqlClient
   readonly db: Database.Database
   readonly store: Store.Store
-}>()("effect-pgqueue/test/support/storage/Storage") {
+}>()("effect-pgqueue/test/support/storage") {
   static readonly layer: Layer.Layer<Storage | SqlClient.SqlClient, SqlError.SqlError | Migrations.JobQueueError> =
     Layer.provideMerge(
       Layer.effect(
