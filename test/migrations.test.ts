@@ -88,9 +88,9 @@ layer(databaseLayer({ maxConnections: 2 }), { excludeTestServices: true })("migr
       assert.strictEqual(yield* Migrations.current(sql, "checked"), Migrations.version + 1)
 
       yield* sql`delete from checked.migration`
-      const missing = yield* refused
-      assert.instanceOf(missing, Migrations.JobQueueError)
-      assert.strictEqual(missing.reason, "NotMigrated")
+      const emptied = yield* refused
+      assert.instanceOf(emptied, Migrations.JobQueueError)
+      assert.strictEqual(emptied.reason, "NotMigrated")
     }))
 
   it.effect("a schema that somebody is at work on is waited for", () =>
