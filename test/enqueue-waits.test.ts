@@ -224,6 +224,38 @@ describe("an id that a stranger's open transaction has taken", () => {
     })))
 })
 
+describe("keys that a stranger's open transaction has taken", () => {
+  it.live("are waited for by those who want them, however many, and one who gives up takes no other along", () =>
+    withQueue(Effect.gen(function*() {
+      const keys = Array.from({ length: 30 }, (_, n) => ({ key: `taken ${n}` }))
+      const taken = yield* stranger(Visit.enqueueAll(keys))
+      const waiting = yield* Effect.forEach([...keys, keys[0]!, keys[0]!], (key) => start(Visit.enqueue(key)))
+      yield* Effect.sleep(300)
+      const fibers = yield* Effect.forEach(
+        Array.from({ length: 60 }, (_, n) => n),
+        (n) => n % 2 === 0 ? start(Note.enqueue({ n })) : start(Visit.enqueue({ key: `free ${n}` }))
+      )
+      for (const fiber of fibers) {
+        const exit = yield* ended(fiber)
+        assert.strictEqual(Exit.isSuccess(exit) && exit.value.status, "inserted")
+      }
+      // Three wait for the first key.
+      yield* Fiber.interrupt(waiting[0]!)
+      assert.isTrue(waiting.slice(1).every((fiber) => fiber.pollUnsafe() === undefined))
+      yield* taken.rollback
+      const statuses: Array<string> = []
+      for (const fiber of waiting.slice(1)) {
+        const exit = yield* ended(fiber, 20_000)
+        statuses.push(Exit.isSuccess(exit) ? exit.value.status : "failed")
+      }
+      assert.deepStrictEqual(statuses.slice(0, 29), Array.from({ length: 29 }, () => "inserted"))
+      // Whoever gave up may have been inserted all the same.
+      assert.include(["inserted existing", "existing inserted", "existing existing"], statuses.slice(29).join(" "))
+      assert.strictEqual(yield* value("select count(*)::int from pgqueue.job"), 90)
+      yield* allInPlace
+    })))
+})
+
 describe("two bulks with the same keys in opposite orders", () => {
   it.live("in two transactions of the application do not deadlock", () =>
     withQueue(
