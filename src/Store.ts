@@ -359,6 +359,7 @@ export const make = (db: Database.Database, schema: string) => {
       insert: insertion.insert,
       insertUnique: insertion.insertUnique,
       holders: insertion.holders,
+      replace: insertion.replace,
       expireKeys: insertion.expireKeys,
       claim: claimText,
       beat: beatText,

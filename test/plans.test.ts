@@ -229,7 +229,7 @@ const bounded = Effect.fnUntraced(function*(at: Filled) {
     at.explain(text, params, "analyze, buffers, timing off")
   const claim = yield* analyzed(at.store.texts.claim, at.claimParams(["k"]))
   assert.isBelow(reads(claim), 3000, "buffers of a claim of 100")
-  const look = yield* analyzed(at.store.texts.look, [["default", "nothing"], at.lanes])
+  const look = yield* analyzed(at.store.texts.look, [["default", "nothing"], at.lanes, ["10000000000000", "20"]])
   assert.isBelow(reads(look), 300, "buffers of a look")
 
   const settle = Effect.fnUntraced(function*(count: number) {
