@@ -183,6 +183,7 @@ export const make = Effect.fnUntraced(function*(options: {
       })
   }
 
+  const answered = answeredWithin(insertBound)
   const plainly: Send = (jobs, patience) =>
     answered(UniqueKeys.insertPlain(options.store, jobs, { inUserTransaction: false, patience }))
   const keyed: Send = (jobs, patience) =>
@@ -217,15 +218,13 @@ export const persistently = <A, R>(self: Effect.Effect<A, SqlError, R>): Effect.
     schedule: Schedule.upTo(Database.backoff, { duration: outage })
   })
 
-/** Waits for an answer, but not for ever. */
-const answered = <A>(self: Effect.Effect<A, SqlError>): Effect.Effect<A, SqlError> =>
-  Effect.catchIf(
-    Bounded.bounded(self, insertBound),
-    (error) => error instanceof Bounded.TimedOut,
-    (cause) =>
-      Effect.fail(
-        new SqlError({
-          reason: new ConnectionError({ cause, operation: "enqueue", message: "the database did not answer in time" })
-        })
-      )
-  )
+/**
+ * Waits for an answer at most so many milliseconds, then fails as a lost connection does.
+ */
+export const answeredWithin = (millis: number) => <A>(self: Effect.Effect<A, SqlError>): Effect.Effect<A, SqlError> =>
+  Effect.catchIf(Bounded.bounded(self, millis), (error) => error instanceof Bounded.TimedOut, (cause) =>
+    Effect.fail(
+      new SqlError({
+        reason: new ConnectionError({ cause, operation: "enqueue", message: "the database did not answer in time" })
+      })
+    ))

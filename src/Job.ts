@@ -180,6 +180,10 @@ export interface Job<
    * **Details**
    *
    * `options` are the same for all, or a function of the payload and its index.
+   *
+   * **Gotchas**
+   *
+   * A unique key that a transaction holds which has not ended is waited for, for about 15 s; then the whole bulk fails.
    */
   readonly enqueueAll: (
     payloads: Iterable<In<P>>,
