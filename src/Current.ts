@@ -69,6 +69,20 @@ const stop = (intent: Intent): Effect.Effect<never, never, Current> =>
  *
  * The outcome counts when the run ends by interruption alone: a handler that recovers and succeeds has completed.
  *
+ * **Example** (Leaving a job that is no longer wanted)
+ *
+ * ```ts
+ * import { Effect, Schema } from "effect"
+ * import { Job } from "effect-pgqueue"
+ *
+ * class SendEmail extends Job.make("email.send", { payload: { to: Schema.String } }) {}
+ *
+ * const SendEmailHandler = SendEmail.toLayer(Effect.fn("SendEmail")(function*({ to }) {
+ *   if (to.endsWith("@example.com")) return yield* Job.cancel("suppressed")
+ *   yield* Effect.log(`to ${to}`)
+ * }))
+ * ```
+ *
  * @category running
  * @since 0.1.0
  */
@@ -88,6 +102,21 @@ export const discard = (reason: string): Effect.Effect<never, never, Current> =>
  * **Gotchas**
  *
  * A delay that is negative, infinite or not a number is a defect: a failed attempt.
+ *
+ * **Example** (Waiting for something else)
+ *
+ * ```ts
+ * import { Effect } from "effect"
+ * import { Job } from "effect-pgqueue"
+ *
+ * declare const ready: Effect.Effect<boolean>
+ *
+ * class Publish extends Job.make("publish") {}
+ *
+ * const PublishHandler = Publish.toLayer(() =>
+ *   Effect.flatMap(ready, (yes) => yes ? Effect.log("published") : Job.snooze("10 minutes"))
+ * )
+ * ```
  *
  * @category running
  * @since 0.1.0

@@ -275,6 +275,19 @@ export const make = <
  *
  * An exact kind wins over a family, the longest prefix among families.
  *
+ * **Example** (One handler for all reports)
+ *
+ * ```ts
+ * import { Effect, Schema } from "effect"
+ * import { Job } from "effect-pgqueue"
+ *
+ * class Reports extends Job.family("report:", { payload: { day: Schema.Int } }) {}
+ *
+ * const ReportsHandler = Reports.toLayer(({ day }, kind) => Effect.log(`${kind} of day ${day}`))
+ *
+ * const enqueue = Reports.of("report:daily").enqueue({ day: 1 })
+ * ```
+ *
  * @category constructors
  * @since 0.1.0
  */

@@ -83,13 +83,37 @@ export class JobQueue extends Context.Service<JobQueue, {
    *
    * A `PgClient` gives LISTEN/NOTIFY and connections of the queue's own, made from its settings. Any other client on
    * PostgreSQL works by polling. Keep the layer in one constant and share it, so that everything uses one queue.
+   *
+   * Fails with `JobQueueError` when the storage or the server is not what is needed, and with `SqlError`.
+   *
+   * **Example** (One queue over one client)
+   *
+   * ```ts
+   * import { PgClient } from "@effect/sql-pg"
+   * import { Config, Layer } from "effect"
+   * import { JobQueue } from "effect-pgqueue"
+   *
+   * const PgLive = PgClient.layerConfig({ url: Config.Redacted("DATABASE_URL") })
+   * const QueueLive = JobQueue.layer({ schema: "jobs" }).pipe(Layer.provideMerge(PgLive))
+   * ```
    */
   static readonly layer = (
     options?: Options
   ): Layer.Layer<JobQueue, Migrations.JobQueueError | SqlError, SqlClient.SqlClient> =>
     Layer.effect(JobQueue, make(options ?? {}))
 
-  /** Builds the queue from options that may be `Config`s. */
+  /**
+   * Builds the queue from options that may be `Config`s.
+   *
+   * **Example** (The schema from the environment)
+   *
+   * ```ts
+   * import { Config } from "effect"
+   * import { JobQueue } from "effect-pgqueue"
+   *
+   * const QueueLive = JobQueue.layerConfig({ schema: Config.String("QUEUE_SCHEMA") })
+   * ```
+   */
   static readonly layerConfig = (
     options: Config.Wrap<Options>
   ): Layer.Layer<JobQueue, Migrations.JobQueueError | SqlError | Config.ConfigError, SqlClient.SqlClient> =>

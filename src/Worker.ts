@@ -68,6 +68,27 @@ type Needs<J extends ReadonlyArray<Job.Any>, M> =
  *
  * Effect's `runMain` ends with code 130 after SIGTERM; pass it {@link teardown} for 0.
  *
+ * **Example** (A process that works)
+ *
+ * ```ts
+ * import { NodeRuntime } from "@effect/platform-node"
+ * import { PgClient } from "@effect/sql-pg"
+ * import { Config, Effect, Layer, Schema } from "effect"
+ * import { Job, JobQueue, Worker } from "effect-pgqueue"
+ *
+ * class Greet extends Job.make("greet", { payload: { name: Schema.String } }) {}
+ *
+ * const GreetHandler = Greet.toLayer(({ name }) => Effect.log(`Hello, ${name}!`))
+ * const PgLive = PgClient.layerConfig({ url: Config.Redacted("DATABASE_URL") })
+ * const QueueLive = JobQueue.layer().pipe(Layer.provideMerge(PgLive))
+ *
+ * const Main = Worker.layer({ jobs: [Greet], queues: { default: { concurrency: 50 } } }).pipe(
+ *   Layer.provide([GreetHandler, QueueLive])
+ * )
+ *
+ * NodeRuntime.runMain(Layer.launch(Main), { teardown: Worker.teardown })
+ * ```
+ *
  * @category layers
  * @since 0.1.0
  */
@@ -86,6 +107,20 @@ export const layer = <const J extends ReadonlyArray<Job.Any>, M extends Job.Midd
  * For cron hosts and serverless. Jobs that are due later are left in line. `completed` and `failed` count runs: a job
  * that fails and is due again at once is run again.
  *
+ * Fails with `SqlError` when the database refuses the claims for good.
+ *
+ * **Example** (Working through what is due)
+ *
+ * ```ts
+ * import { Effect } from "effect"
+ * import { Job, Worker } from "effect-pgqueue"
+ *
+ * class Sweep extends Job.make("sweep") {}
+ *
+ * const SweepHandler = Sweep.toLayer(() => Effect.log("swept"))
+ * const once = Worker.runUntilEmpty({ jobs: [Sweep], limit: 1000 }).pipe(Effect.provide(SweepHandler))
+ * ```
+ *
  * @category running
  * @since 0.1.0
  */
@@ -101,6 +136,15 @@ export const runUntilEmpty = <const J extends ReadonlyArray<Job.Any>, M extends 
 
 /**
  * Defines a middleware, with its requirements inferred.
+ *
+ * **Example** (Annotating the logs of every run)
+ *
+ * ```ts
+ * import { Effect } from "effect"
+ * import { Worker } from "effect-pgqueue"
+ *
+ * const tenant = Worker.middleware((run, job) => Effect.annotateLogs(run, "tenant", job.metadata["tenant"] ?? "none"))
+ * ```
  *
  * @category middleware
  * @since 0.1.0
