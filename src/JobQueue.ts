@@ -59,7 +59,7 @@ export class JobQueue extends Context.Service<JobQueue, {
   readonly schema: string
   /** How workers hear of new jobs. */
   readonly mode: "listen" | "poll"
-  /** Counts jobs by queue and kind. */
+  /** Counts jobs by queue and kind. It reads the whole history: for people, not for a loop. */
   readonly stats: Effect.Effect<ReadonlyArray<Stats>, SqlError>
   /** Inserts one job. @internal */
   readonly enqueue: <E, R>(
