@@ -230,8 +230,9 @@ const bounded = Effect.fnUntraced(function*(at: Filled) {
   const claim = yield* analyzed(at.store.texts.claim, at.claimParams(["k"]))
   assert.isBelow(reads(claim), 3000, "buffers of a claim of 100")
   const look = yield* analyzed(at.store.texts.look, [["default", "nothing"], at.lanes, ["10000000000000", "20"]])
-  // Two probes a lane and queue, each down an index of four levels and to a row; a scan of the line reads thousands.
-  assert.isAtMost(reads(look), 2 * 2 * at.lanes.length * 5, "buffers of a look")
+  // A few pages a probe, and one for each row that the claims above have left dead at the front, where no vacuum has been:
+  // 100 to 330 in all. A scan of the line reads over ten thousand.
+  assert.isBelow(reads(look), 1000, "buffers of a look")
 
   const settle = Effect.fnUntraced(function*(count: number) {
     const entries = yield* at.settlement(count)
