@@ -9,7 +9,9 @@ import type * as Duration from "effect/Duration"
 import * as Effect from "effect/Effect"
 import * as Fiber from "effect/Fiber"
 import type * as Option from "effect/Option"
+import type * as Schema from "effect/Schema"
 import * as Enqueue from "./Enqueue.ts"
+import { maxProgressBytes } from "./Migrations.ts"
 import type { Intent } from "./Outcome.ts"
 import { type Failure, longestDelay } from "./RetryPolicy.ts"
 
@@ -33,6 +35,8 @@ export interface Info {
   readonly metadata: Enqueue.Metadata
   /** Why the previous attempt did not succeed. */
   readonly lastFailure: Option.Option<Failure<unknown>>
+  /** What an earlier attempt last said with {@link progress}. */
+  readonly progress: Option.Option<Schema.Json>
 }
 
 /**
@@ -43,27 +47,83 @@ export interface Info {
  */
 export class Current extends Context.Service<Current, Info>()("effect-pgqueue/Current") {}
 
-/** What handlers have asked for, by the run's `Info`. */
-const intents = new WeakMap<Info, Intent>()
+/** What a handler can do to its run. @internal */
+export interface Control {
+  /** What it has asked for. */
+  intent: Intent | undefined
+  /** Interrupts the run. */
+  readonly interrupt: () => void
+  /** Stores what it says of its progress, as JSON text. */
+  readonly progress: (value: string) => Effect.Effect<void>
+}
 
-/** Reads what the handler of this run asked for. @internal */
-export const intentOf = (info: Info): Intent | undefined => intents.get(info)
+const controls = new WeakMap<Info, Control>()
+
+/** Gives a run its control. @internal */
+export const controlled = (info: Info, control: Control): void => void controls.set(info, control)
 
 const stop = (intent: Intent): Effect.Effect<never, never, Current> =>
   Effect.flatMap(Current, (info) =>
     Effect.interruptible(Effect.callback<never>(() => {
-      intents.set(info, intent)
+      const control = controls.get(info)
+      if (control !== undefined) control.intent = intent
       const fiber = Fiber.getCurrent()!
       fiber.interruptUnsafe(fiber.id)
+      // Called in a fiber that nobody joins, it is the run that has to stop.
+      control?.interrupt()
     })))
+
+/**
+ * Says how far the job is; anybody can read it with `Admin.get`, and the next attempt in `Job.Current`.
+ *
+ * **Details**
+ *
+ * The value is written at once, outside any transaction of the handler, and kept with the job, through retries and with
+ * its end. Each call is a small write: say it every second or so, not for every row. When the database cannot be reached
+ * for five seconds, or the job has gone to another worker, nothing is written and the handler goes on.
+ *
+ * **Gotchas**
+ *
+ * A value that is not JSON, or over 64 KiB, is a defect: a failed attempt.
+ *
+ * **Example** (Telling how far an import is, and going on from there)
+ *
+ * ```ts
+ * import { Effect, Option, Schema } from "effect"
+ * import { Job } from "effect-pgqueue"
+ *
+ * declare const importPage: (page: number) => Effect.Effect<void>
+ *
+ * class Import extends Job.make("import", { payload: { pages: Schema.Int } }) {}
+ *
+ * const ImportHandler = Import.toLayer(Effect.fn("Import")(function*({ pages }) {
+ *   const { progress } = yield* Job.Current
+ *   for (let page = Option.isSome(progress) ? Number(progress.value) : 0; page < pages; page++) {
+ *     yield* importPage(page)
+ *     yield* Job.progress(page + 1)
+ *   }
+ * }))
+ * ```
+ *
+ * @category running
+ * @since 0.1.0
+ */
+export const progress = (value: Schema.Json): Effect.Effect<void, never, Current> =>
+  Effect.flatMap(Current, (info) =>
+    Effect.flatMap(
+      Effect.orDie(
+        Enqueue.jsonText(value, maxProgressBytes, () => (message) => new Error(`Job.progress: ${message}`), "the value")
+      ),
+      (text) => controls.get(info)?.progress(text) ?? Effect.void
+    ))
 
 /**
  * Ends the job as `cancelled`, with a reason, and stops the run.
  *
  * **Details**
  *
- * Records the outcome and interrupts the calling fiber, so no `catch` or `retry` gets in the way and an enclosing
- * transaction rolls back.
+ * Records the outcome and interrupts the run and the calling fiber, which may be one that the handler has forked. So no
+ * `catch` or `retry` gets in the way, and an enclosing transaction rolls back.
  *
  * **Gotchas**
  *

@@ -84,10 +84,7 @@ export const make = Effect.fnUntraced(function*(
   const app = client.withoutTransforms()
   if (!isPgClient(client)) {
     const query: Database["query"] = <A extends object>(text: string, params: ReadonlyArray<unknown>) =>
-      app.withTransaction(app.unsafe<A>(text, params).unprepared).pipe(
-        Effect.provideService(SqlClient.BeginTransaction, "BEGIN ISOLATION LEVEL READ COMMITTED"),
-        typedTransaction
-      )
+      transaction(app, app.unsafe<A>(text, params).unprepared)
     return { app, own: app, query, connect: undefined }
   }
   const config = ownConfig(client.config)
@@ -135,6 +132,50 @@ export const typedTransaction = <A, E, R>(self: Effect.Effect<A, E, R>): Effect.
     }
     return Effect.failCause(cause)
   })
+
+/**
+ * Runs an effect in a READ COMMITTED transaction of a client, whatever the client's own level is. A lost connection is a
+ * typed failure.
+ */
+export const transaction = <A, E, R>(
+  client: SqlClient.SqlClient,
+  self: Effect.Effect<A, E, R>
+): Effect.Effect<A, E | SqlError, R> =>
+  client.withTransaction(self).pipe(
+    Effect.provideService(SqlClient.BeginTransaction, "BEGIN ISOLATION LEVEL READ COMMITTED"),
+    typedTransaction
+  )
+
+/**
+ * Runs an effect in a transaction of a client that does not wait for somebody's open one without end: 5 s a lock.
+ */
+export const impatiently = <A, E, R>(
+  client: SqlClient.SqlClient,
+  self: Effect.Effect<A, E, R>
+): Effect.Effect<A, E | SqlError, R> =>
+  transaction(
+    client,
+    Effect.andThen(client.unsafe("select pg_catalog.set_config('lock_timeout', '5000', true) as bound"), self)
+  )
+
+/**
+ * Runs one statement in the application's transaction. Unprepared: its sessions may keep a plan that was made while a
+ * table was empty.
+ */
+export const here = <A extends object>(
+  db: Database,
+  text: string,
+  params: ReadonlyArray<unknown>
+): Effect.Effect<ReadonlyArray<A>, SqlError> => db.app.unsafe<A>(text, params).unprepared
+
+/** Sorts before every id. */
+export const firstId = "00000000-0000-0000-0000-000000000000"
+
+/** Reads a JSON list of text; empty when there is none. */
+export const listOf = (json: string | null): ReadonlyArray<string> => json === null ? [] : JSON.parse(json)
+
+/** Reads ids joined by commas; empty when there are none. */
+export const idsOf = (ids: string | null): ReadonlyArray<string> => ids === null || ids === "" ? [] : ids.split(",")
 
 /**
  * Returns the SQLSTATE of an error, when the server gave one.

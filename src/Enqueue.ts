@@ -129,6 +129,9 @@ export interface Defaults {
 }
 
 const uuidPattern = /^[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}$/i
+/** Whether a text can be the id of a job: a UUID. */
+export const isJobId = (id: string): id is JobId => uuidPattern.test(id)
+
 /** 9999-12-31, well inside what both JavaScript and PostgreSQL can hold. */
 const latest = 253_402_214_400_000
 const maxDepth = 256
@@ -156,7 +159,7 @@ export const resolve = Effect.fnUntraced(function*<P extends Schema.Top>(
 
   const nameProblem = problemOfName("kind", kind, 200) ?? problemOfName("queue", options.queue ?? defaults.queue, 128)
   if (nameProblem !== undefined) return yield* invalid(nameProblem)
-  if (options.id !== undefined && !uuidPattern.test(options.id)) return yield* invalid("id must be a UUID")
+  if (options.id !== undefined && !isJobId(options.id)) return yield* invalid("id must be a UUID")
 
   const priority = options.priority ?? defaults.priority
   const level = Predicate.isString(priority) ? priorities[priority] : priority

@@ -27,6 +27,8 @@ export interface NewJob {
   readonly unique: UniqueRule | undefined
   /** The id is the caller's choice: finding it there need not be a replay of this insert. */
   readonly idGiven?: boolean
+  /** Somebody waits for its end. */
+  readonly awaited?: boolean
 }
 
 /** A resolved uniqueness rule. */
@@ -50,7 +52,8 @@ export const columnsOf = (jobs: ReadonlyArray<NewJob>, patience?: number): Array
   jobs.map((job) => job.payload),
   jobs.map((job) => job.metadata),
   jobs.map((job) => job.trace ?? ""),
-  patience === undefined ? "" : String(patience)
+  patience === undefined ? "" : String(patience),
+  jobs.map((job) => job.awaited === true ? "awaited" : "")
 ]
 
 /** The parameters of `insertUnique`. */
@@ -76,12 +79,12 @@ export const statements = (s: string) => {
       select ${
       keyed ? "distinct on (i.id) " : ""
     }i.id, i.kind, i.queue, i.priority, i.max_attempts, nullif(i.timeout_ms, '')::int8 as timeout_ms, i.payload,
-        i.metadata, nullif(i.trace, '') as trace, greatest(clock.now,
+        i.metadata, nullif(i.trace, '') as trace, i.awaited <> '' as awaited, greatest(clock.now,
           case when i.run_at = '' then clock.now + i.delay::float8 * interval '1 millisecond'
           else timestamptz 'epoch' + i.run_at::float8 * interval '1 millisecond' end) as run_at${extraColumns}
       from clock, unnest($1::uuid[], $2::text[], $3::text[], $4::int2[], $5::text[], $6::text[], $7::int4[], $8::text[],
-        $9::json[], $10::json[], $11::text[]${keyed ? ", $13::text[], $14::text[], $15::text[]" : ""})
-        as i(id, kind, queue, priority, delay, run_at, max_attempts, timeout_ms, payload, metadata, trace${
+        $9::json[], $10::json[], $11::text[], $13::text[]${keyed ? ", $14::text[], $15::text[], $16::text[]" : ""})
+        as i(id, kind, queue, priority, delay, run_at, max_attempts, timeout_ms, payload, metadata, trace, awaited${
       keyed ? ", key, until, period" : ""
     })
       where not exists (select 1 from ${s}.finished f where f.id = i.id offset 0)${
@@ -91,8 +94,8 @@ export const statements = (s: string) => {
   // The last look into `finished` has a newer snapshot and refuses what the first one could not see yet.
   const insertion = (from: string, key: string, expected: string) =>
     `inserted as (
-      insert into ${s}.job (id, kind, queue, priority, run_at, scheduled_for, max_attempts, timeout_ms, payload, metadata, trace, unique_key)
-      select id, kind, queue, priority, run_at, run_at, max_attempts, timeout_ms, payload, metadata, trace, ${key} from ${from}
+      insert into ${s}.job (id, kind, queue, priority, run_at, scheduled_for, max_attempts, timeout_ms, payload, metadata, trace, awaited, unique_key)
+      select id, kind, queue, priority, run_at, run_at, max_attempts, timeout_ms, payload, metadata, trace, awaited, ${key} from ${from}
       on conflict (id) do nothing returning id, queue, priority, run_at, kind
     ), line as (
       insert into ${s}.ready (queue, lane, run_at, id, kind, attempt)
@@ -142,7 +145,7 @@ export const statements = (s: string) => {
       returning r.id
     ), changed as (
       update ${s}.job j set kind = $2::text, queue = $3::text, priority = $4::int2, max_attempts = $5::int4, timeout_ms = $6::int8,
-        payload = $7::json, metadata = $8::json, trace = nullif($9::text, ''),
+        payload = $7::json, metadata = $8::json, trace = nullif($9::text, ''), progress = null, awaited = j.awaited or $14::text <> '',
         run_at = case when $10::text = 'replace' then j.run_at else due.at end,
         scheduled_for = case when $10::text = 'replace' then j.scheduled_for else due.at end
       from gone, held h, (select greatest(pg_catalog.clock_timestamp(),

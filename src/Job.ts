@@ -7,16 +7,31 @@
 import * as Context from "effect/Context"
 import type * as Duration from "effect/Duration"
 import * as Effect from "effect/Effect"
+import * as Exit from "effect/Exit"
 import * as Layer from "effect/Layer"
+import * as Option from "effect/Option"
 import * as Schema from "effect/Schema"
 import type * as Scope from "effect/Scope"
 import type { SqlError } from "effect/sql/SqlError"
+import { ExecuteError } from "./Awaiting.ts"
 import type { Current, Ended, Unhandled } from "./Current.ts"
 import * as Enqueue from "./Enqueue.ts"
 import { JobQueue } from "./JobQueue.ts"
 import type { Retry } from "./RetryPolicy.ts"
+import type * as Store from "./Store.ts"
 
-export { cancel, Current, discard, type Ended, type Info, type Middleware, snooze, type Unhandled } from "./Current.ts"
+export { ExecuteError } from "./Awaiting.ts"
+export {
+  cancel,
+  Current,
+  discard,
+  type Ended,
+  type Info,
+  type Middleware,
+  progress,
+  snooze,
+  type Unhandled
+} from "./Current.ts"
 export {
   type Enqueued,
   EnqueueError,
@@ -65,6 +80,10 @@ type Run<P extends Schema.Top, A extends Schema.Top, E extends Schema.Top, R, X 
   payload: P["Type"],
   ...extra: X
 ) => Effect.Effect<A["Type"], E["Type"], R>
+type Client<P extends Schema.Top, A extends Schema.Top, E extends Schema.Top> =
+  | P["EncodingServices"]
+  | A["DecodingServices"]
+  | E["DecodingServices"]
 type Server<P extends Schema.Top, A extends Schema.Top, E extends Schema.Top> =
   | P["DecodingServices"]
   | A["EncodingServices"]
@@ -123,6 +142,25 @@ export interface Definition {
 export interface Registered {
   readonly run: (payload: unknown, kind: string) => Effect.Effect<Ended, Unhandled>
   readonly context: Context.Context<never>
+  readonly transactional: boolean
+}
+
+/**
+ * The options of a handler.
+ *
+ * @category models
+ * @since 0.1.0
+ */
+export interface HandlerOptions {
+  /**
+   * Runs the handler in a transaction of the queue's `SqlClient` in which the job is settled, too: what it writes and its
+   * end commit together, or not at all. Default `false`.
+   *
+   * The transaction is READ COMMITTED, is rolled back when the handler fails, is stopped or has lost its job, and may be
+   * idle between two statements for the worker's lease time, or the job's `timeout` if that is longer. It holds one
+   * connection of the application's pool for as long as the handler runs.
+   */
+  readonly transactional?: boolean | undefined
 }
 
 /**
@@ -197,14 +235,53 @@ export interface Job<
   >
 
   /**
+   * Enqueues one job and waits for its result, wherever it is run.
+   *
+   * **Details**
+   *
+   * Takes the options of {@link enqueue}, and `wait`: how long to wait, by default without end. A job that already holds
+   * the key or the id is waited for in place of a new one. Interrupting the wait does not stop the job.
+   *
+   * Fails with the job's typed error when it was discarded with one, with {@link ExecuteError} when it ended otherwise,
+   * was not over in time, or when the fiber is in an open transaction (it would wait for itself).
+   */
+  readonly execute: (
+    payload: In<P>,
+    options?: Enqueue.EnqueueOptions & { readonly wait?: Duration.Input | undefined }
+  ) => Effect.Effect<
+    A["Type"],
+    E["Type"] | ExecuteError | Enqueue.EnqueueError | SqlError,
+    JobQueue | Client<P, A, E>
+  >
+
+  /**
+   * Looks once how a job has ended: `None` when it has not.
+   *
+   * **Details**
+   *
+   * The failure is the job's typed error when it was discarded with one, and {@link ExecuteError} otherwise; `Pruned`
+   * when there is no such job. A stored result that no longer fits its schema is a defect of the exit.
+   */
+  readonly poll: (
+    id: Enqueue.JobId
+  ) => Effect.Effect<
+    Option.Option<Exit.Exit<A["Type"], E["Type"] | ExecuteError>>,
+    SqlError,
+    JobQueue | Client<P, A, E>
+  >
+
+  /**
    * Builds the layer that handles this kind.
    *
    * **Details**
    *
    * The handler runs in the context its layer was built in, with {@link Current} and a `Scope` that is closed when the
    * run ends. To need something while building, wrap it in `Layer.unwrap`.
+   *
+   * With `transactional: true` it runs in the transaction that settles its job. Its `SqlClient` must be the queue's: a
+   * worker with a handler built on another one does not start (`ForeignClient`).
    */
-  readonly toLayer: <R>(handler: Run<P, A, E, R>) => HandlerLayer<Handler<Kind>, R, P, A, E>
+  readonly toLayer: <R>(handler: Run<P, A, E, R>, options?: HandlerOptions) => HandlerLayer<Handler<Kind>, R, P, A, E>
 }
 
 /**
@@ -232,7 +309,8 @@ export interface Family<
 
   /** Builds the layer that handles every kind with this prefix, except those with a handler or a longer prefix. */
   readonly toLayer: <R>(
-    handler: Run<P, A, E, R, [kind: `${Prefix}${string}`]>
+    handler: Run<P, A, E, R, [kind: `${Prefix}${string}`]>,
+    options?: HandlerOptions
   ) => HandlerLayer<FamilyHandler<Prefix>, R, P, A, E>
 }
 
@@ -351,6 +429,28 @@ const define = (
       own
     )
 
+  const decodeSuccess = Schema.decodeUnknownEffect(Schema.toCodecJson(definition.successSchema))
+  const decodeError = Schema.decodeUnknownEffect(Schema.toCodecJson(definition.errorSchema))
+  /** What the end of a job is to whoever waits for it. */
+  const resultOf = (end: Store.EndRow): Effect.Effect<unknown, unknown, unknown> => {
+    if (end.status === "completed") {
+      return Effect.orDie(Effect.suspend(() => decodeSuccess(JSON.parse(end.result ?? "null"))))
+    }
+    // Sound: what settle wrote.
+    const error = end.error === null ? null : JSON.parse(end.error) as Omit<Store.AttemptRow, "n" | "at">
+    const ended = new ExecuteError({
+      id: end.id,
+      reason: end.status === "cancelled" ? "Cancelled" : "Discarded",
+      message: end.reason ?? error?.message ?? ""
+    })
+    if (end.status === "cancelled" || error?.tag !== "Failed") return Effect.fail(ended)
+    // An error that no longer fits its schema is a job that was discarded, no more.
+    return Effect.matchCauseEffect(decodeError(error.error), {
+      onFailure: () => Effect.fail(ended),
+      onSuccess: (typed) => Effect.fail(typed)
+    })
+  }
+
   // oxlint-disable-next-line typescript/no-extraneous-class -- a definition is a class to extend, with statics only
   return Object.assign(class {}, {
     [TypeId]: { definition },
@@ -376,10 +476,39 @@ const define = (
                 : own ?? {}
             )))
       ),
-    toLayer: (run: Registered["run"]) =>
+    execute: (
+      payload: unknown,
+      { wait, ...own }: Enqueue.EnqueueOptions & { readonly wait?: Duration.Input | undefined } = {}
+    ) =>
+      Effect.gen(function*() {
+        const millis = Enqueue.millisOf(wait)
+        if (Number.isNaN(millis) || millis! < 0) {
+          return yield* new Enqueue.EnqueueError({
+            kind: name,
+            reason: "InvalidOption",
+            message: "wait must be a duration"
+          })
+        }
+        const queue = yield* JobQueue
+        return yield* resultOf(yield* queue.execute(resolve(payload, own), millis))
+      }),
+    poll: (id: string) =>
+      Effect.gen(function*() {
+        const { store } = (yield* JobQueue).internal
+        const pruned = new ExecuteError({ id, reason: "Pruned", message: "there is no such job" })
+        if (!Enqueue.isJobId(id)) return Option.some(Exit.fail(pruned))
+        const [end] = yield* store.ends([id])
+        if (end === undefined) return Option.some(Exit.fail(pruned))
+        return end.status === "open" ? Option.none() : Option.some(yield* Effect.exit(resultOf(end)))
+      }),
+    toLayer: (run: Registered["run"], handlerOptions?: HandlerOptions) =>
       Layer.effect(
         definition.key,
-        Effect.map(Effect.context<never>(), (context): Registered => ({ run, context }))
+        Effect.map(Effect.context<never>(), (context): Registered => ({
+          run,
+          context,
+          transactional: handlerOptions?.transactional === true
+        }))
       )
   })
 }

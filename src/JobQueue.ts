@@ -10,6 +10,7 @@ import * as Effect from "effect/Effect"
 import * as Layer from "effect/Layer"
 import * as SqlClient from "effect/sql/SqlClient"
 import type { SqlError } from "effect/sql/SqlError"
+import * as Awaiting from "./Awaiting.ts"
 import * as Bounded from "./Bounded.ts"
 import * as Database from "./Database.ts"
 import { type Enqueued, EnqueueError } from "./Enqueue.ts"
@@ -69,7 +70,12 @@ export class JobQueue extends Context.Service<JobQueue, {
   readonly enqueueAll: <E, R>(
     jobs: Effect.Effect<ReadonlyArray<Store.NewJob>, E, R>
   ) => Effect.Effect<ReadonlyArray<Enqueued>, E | EnqueueError | SqlError, R>
-  /** What workers are built on. @internal */
+  /** Inserts one job and waits for its end, at most `wait` milliseconds. @internal */
+  readonly execute: <E, R>(
+    job: Effect.Effect<Store.NewJob, E, R>,
+    wait: number | undefined
+  ) => Effect.Effect<Store.EndRow, E | EnqueueError | Awaiting.ExecuteError | SqlError, R>
+  /** What workers and people's tools are built on. @internal */
   readonly internal: {
     readonly database: Database.Database
     readonly store: Store.Store
@@ -155,6 +161,8 @@ const make = Effect.fnUntraced(function*(options: Options) {
   const mode = database.connect === undefined ? "poll" : "listen"
   yield* Effect.logInfo(`effect-pgqueue: schema "${schema}", ${mode === "listen" ? "LISTEN/NOTIFY" : "polling only"}`)
 
+  const awaiting = yield* Awaiting.make(store, wakeup)
+
   const enqueue = yield* Grouping.make({
     store,
     onEnqueued: (job, { status }) => {
@@ -210,13 +218,26 @@ const make = Effect.fnUntraced(function*(options: Options) {
 
   /** Inserts in a transaction of the queue's own. */
   const insertApart = (jobs: ReadonlyArray<Store.NewJob>) =>
-    database.own.withTransaction(insertMany(jobs, false)).pipe(
-      Effect.provideService(SqlClient.BeginTransaction, "BEGIN ISOLATION LEVEL READ COMMITTED"),
-      Database.typedTransaction,
+    Database.transaction(database.own, insertMany(jobs, false)).pipe(
       Grouping.answeredWithin(bulkBound + jobs.length * bulkBoundPerJob),
       Grouping.persistently,
       Effect.tap((enqueued) => Effect.sync(() => announce(enqueued)))
     )
+
+  const executeError = (id: string, reason: Awaiting.ExecuteError["reason"], message: string) =>
+    new Awaiting.ExecuteError({ id, reason, message })
+
+  const waitFor = Effect.fnUntraced(function*(job: Store.NewJob, wait: number | undefined) {
+    const { id, status } = yield* enqueue({ ...job, awaited: true })
+    // The worker that ends it is to say so, also when somebody else enqueued it.
+    if (status === "existing") yield* store.awaits(id)
+    const ended = awaiting.ended(id, status !== "inserted")
+    const end = yield* (wait === undefined ? ended : Effect.timeoutOrElse(ended, {
+      duration: wait,
+      orElse: () => Effect.fail(executeError(id, "WaitTimedOut", "the job has not ended in time; it goes on"))
+    }))
+    return end ?? (yield* executeError(id, "Pruned", "the job is no longer there"))
+  })
 
   return JobQueue.of({
     schema,
@@ -238,6 +259,14 @@ const make = Effect.fnUntraced(function*(options: Options) {
             (enqueued) => jobs.map((job) => enqueued.get(job)!)
           )
         })),
+    execute: (resolve, wait) =>
+      Effect.flatMap(resolve, (job) =>
+        Effect.flatMap(inTransaction(() => job.kind), (here) =>
+          here
+            ? Effect.fail(
+              executeError("", "InTransaction", "the job would only be visible after the transaction that waits for it")
+            )
+            : waitFor(job, wait))),
     internal: { database, store, wakeup }
   })
 })

@@ -6,12 +6,8 @@
 import type * as Run from "./Run.ts"
 import * as Store from "./Store.ts"
 
-/** The lanes of the ten priorities. */
-const priorityLanes = [0, 1, 2, 3, 4, 5, 6, 7, 8, 9] as const
-const suspectLanes = priorityLanes.map((priority) => Store.suspectLane + priority)
-
-/** Every lane that a look has to consider. */
-export const everyLane: ReadonlyArray<number> = [...priorityLanes, ...suspectLanes]
+/** Every lane that a look has to consider: all but those of the parked. */
+export const everyLane: ReadonlyArray<number> = [...Store.priorityLanes, ...Store.suspectLanes]
 
 /** Claim ahead as many jobs as ended in about this many milliseconds. */
 const ahead = 100
@@ -93,7 +89,7 @@ export const sweeps = (line: Line, now: number): boolean =>
 
 /** The lanes of the next claim, in order of priority. */
 export const lanes = (line: Line, sweep: boolean, suspects: boolean): ReadonlyArray<Store.LaneCursor> =>
-  (suspects ? [...priorityLanes, ...suspectLanes] : priorityLanes).map((lane) =>
+  (suspects ? everyLane : Store.priorityLanes).map((lane) =>
     sweep ? Store.laneStart(lane) : line.cursors.get(lane) ?? Store.laneStart(lane)
   )
 

@@ -9,6 +9,7 @@ import * as Clock from "effect/Clock"
 import { SecureRandom } from "effect/crypto"
 import * as Effect from "effect/Effect"
 import * as Latch from "effect/Latch"
+import * as Metric from "effect/Metric"
 import type * as Scope from "effect/Scope"
 import type { SqlError } from "effect/sql/SqlError"
 import * as Bounded from "./Bounded.ts"
@@ -16,6 +17,7 @@ import * as Database from "./Database.ts"
 import * as Episode from "./Episode.ts"
 import { monotonic } from "./Run.ts"
 import * as Store from "./Store.ts"
+import * as Telemetry from "./Telemetry.ts"
 
 /**
  * The life of one worker as the database sees it.
@@ -29,6 +31,8 @@ export interface Liveness {
   readonly settled: () => boolean
   /** Says that a connection was lost: nothing starts until the leases have been compared. */
   readonly doubt: () => void
+  /** Asks for the next beat to come at once: it may have something to tell. */
+  readonly hurry: () => void
   /** The worker is about to be unregistered: it is not to be registered again. */
   readonly retire: () => void
   /** Beats until it is interrupted. */
@@ -59,6 +63,8 @@ export const make = Effect.fnUntraced(function*(options: {
   readonly onCancelled: (jobs: ReadonlyArray<string>) => void
   /** The worker may start jobs again. */
   readonly onAlive: () => void
+  /** The worker has been registered, for the first time or again under a new id. */
+  readonly onRegistered: () => void
 }) {
   const clock = yield* Clock.Clock
   const now = () => monotonic(clock)
@@ -91,6 +97,7 @@ export const make = Effect.fnUntraced(function*(options: {
     if (registered || retired) return
     yield* Bounded.bounded(options.store.register({ ...options.worker, id, lease: options.lease }), options.lease / 3)
     registered = true
+    options.onRegistered()
   })
 
   const beat = (
@@ -152,9 +159,27 @@ export const make = Effect.fnUntraced(function*(options: {
     // A connection of its own: handlers and claims must not be able to hold up the beat.
     : Effect.flatMap(options.database.connect(), beats)
 
+  /** When a blocked event loop was last reported. */
+  let blockedAt = -Infinity
+  const reportLag = (lag: number) =>
+    Effect.suspend(() => {
+      if (lag < options.beat / 2 || now() - blockedAt < options.lease) return Effect.void
+      blockedAt = now()
+      return Effect.logWarning(
+        `effect-pgqueue: the event loop stood still for ${
+          Math.round(lag)
+        } ms; a heartbeat is due every ${options.beat} ms, and after ${options.lease} ms without one the jobs of this process go to others. Does a handler compute without a pause?`
+      )
+    })
+
   // Decided by this process's own monotonic clock, never by waiting for an answer.
   const watch = Effect.gen(function*() {
-    yield* Effect.sleep(Math.max(50, margin / 4))
+    const step = Math.max(50, Math.min(margin / 4, options.beat / 4))
+    const begun = now()
+    yield* Effect.sleep(step)
+    const lag = Math.max(0, now() - begun - step)
+    yield* Metric.update(Telemetry.eventLoopLag, lag)
+    yield* reportLag(lag)
     if (lost || inTime()) return
     yield* Effect.logWarning(
       `effect-pgqueue: no heartbeat of worker ${id} got through in time; its jobs are interrupted`
@@ -170,6 +195,7 @@ export const make = Effect.fnUntraced(function*(options: {
       doubted = now()
       kick.openUnsafe()
     },
+    hurry: () => void kick.openUnsafe(),
     retire: () => {
       retired = true
     },

@@ -20,10 +20,12 @@ import * as Liveness from "./Liveness.ts"
 import * as Maintenance from "./Maintenance.ts"
 import type * as Router from "./Router.ts"
 import * as Run from "./Run.ts"
+import type * as Settlement from "./Settlement.ts"
 import * as Settler from "./Settler.ts"
 import * as Store from "./Store.ts"
 import * as Timekeeper from "./Timekeeper.ts"
-import type * as Wakeup from "./Wakeup.ts"
+import * as Transactional from "./Transactional.ts"
+import * as Wakeup from "./Wakeup.ts"
 
 /**
  * A running loop.
@@ -53,6 +55,12 @@ interface Lease {
 /** A claim on a dead link never answers; after this the lease counts as unknown and is handed back when found. */
 const claimBound = 15_000
 
+/** How long a handler waits for its progress to be stored, in milliseconds. */
+const progressBound = 5000
+
+/** How many cancellations of jobs that a claim may bring are kept in mind: anybody can announce them. */
+const mostCancelling = 1000
+
 /**
  * Starts the loop in the current scope.
  */
@@ -77,7 +85,6 @@ export const start = Effect.fnUntraced(function*(options: {
   const { router, store, wakeup } = options
   const clock = yield* Clock.Clock
   const now = () => Run.monotonic(clock)
-  const run = Run.make(options)
   const runFork = Effect.runForkWith(options.context)
 
   const lines = options.queues.map(([name, concurrency]) => Line.make(name, concurrency, now()))
@@ -93,8 +100,13 @@ export const start = Effect.fnUntraced(function*(options: {
   let stopping = false
   let suspects = 0
   let claiming = 0
+  /** Jobs that somebody has cancelled and that a claim in flight may bring. */
+  const cancelling = new Set<string>()
   let startable = options.limit ?? Infinity
   const claims = Episode.make("claiming")
+  /** Whether what was parked while nobody listed its kind is back in line, and when to see to it. */
+  let unparked = false
+  const unparking = Latch.makeUnsafe(false)
   /** For a loop that is to end by itself: an error that trying again does not mend. */
   const hopeless = Deferred.makeUnsafe<never, SqlError>()
 
@@ -103,17 +115,20 @@ export const start = Effect.fnUntraced(function*(options: {
     worker: () => liveness.id(),
     onDoubt: () => liveness.doubt(),
     onRelief: signalAll,
-    onSettled: (entry, answer) => {
-      const lease = leases.get(entry.lease)
-      const running = lease?.jobs.get(entry.id)
-      lease?.jobs.delete(entry.id)
-      if (lease?.jobs.size === 0) leases.delete(entry.lease)
-      // Back in line: this process and the others know when to look.
-      if (answer?.state === "done" && answer.status === null && running !== undefined) {
-        wakeup.mark(running.queue, entry.delay ?? 0)
-      }
-    }
+    onSettled: settled
   })
+
+  function settled(entry: Settlement.Entry, answer: Settlement.Answer | undefined): void {
+    const lease = leases.get(entry.lease)
+    const running = lease?.jobs.get(entry.id)
+    lease?.jobs.delete(entry.id)
+    if (lease?.jobs.size === 0) leases.delete(entry.lease)
+    // Back in line: this process and the others know when to look.
+    if (answer?.state === "done" && answer.status === null && running !== undefined) {
+      wakeup.mark(running.queue, entry.delay ?? 0)
+    }
+    if (answer?.awaited === true && answer.status !== null) wakeup.tell("end", entry.id)
+  }
 
   const liveness: Liveness.Liveness = yield* Liveness.make({
     database: options.database,
@@ -144,12 +159,54 @@ export const start = Effect.fnUntraced(function*(options: {
     onAlive: () => {
       lines.forEach(fill)
       signalAll()
+    },
+    onRegistered: () => {
+      unparked = false
+      unparking.openUnsafe()
     }
   })
 
   // ---------------------------------------------------------------------------
   // Run
   // ---------------------------------------------------------------------------
+
+  /**
+   * Gives a job a lease of its own. Whatever becomes of it unanswered: in the old lease the run is handed back, and a new
+   * one that nobody knows is found by the next heartbeats.
+   */
+  const detach = (running: Run.Running): Effect.Effect<boolean> =>
+    Effect.gen(function*() {
+      const from = leases.get(running.lease)
+      if (from?.jobs.size === 1) return true
+      const id = SecureRandom.uuidV7Unsafe()
+      const own: Lease = { confirmed: false, jobs: new Map([[running.row.id, running]]) }
+      leases.set(id, own)
+      const done = yield* Bounded.bounded(store.detach(running.lease, running.row.id, id), claimBound).pipe(
+        Effect.catch((error) => {
+          if (error instanceof Bounded.TimedOut || Database.isConnectionLoss(error)) liveness.doubt()
+          return Effect.succeed("gone" as const)
+        }),
+        Effect.onInterrupt(() => Effect.sync(() => leases.delete(id)))
+      )
+      if (done !== "moved") {
+        leases.delete(id)
+        return done === "alone"
+      }
+      from?.jobs.delete(running.row.id)
+      running.lease = id
+      own.confirmed = true
+      return true
+    })
+
+  const run = Run.make({
+    ...options,
+    transactional: Transactional.make({ ...options, worker: () => liveness.id(), detach }),
+    progress: (running, value) =>
+      Effect.catchCause(
+        Bounded.bounded(store.progress(running.lease, running.row.id, value), progressBound),
+        (cause) => Effect.logDebug("effect-pgqueue: the progress of a job could not be stored", Cause.pretty(cause))
+      )
+  })
 
   const isSuspect = (running: Run.Running) => running.row.lane >= Store.suspectLane
 
@@ -199,7 +256,8 @@ export const start = Effect.fnUntraced(function*(options: {
       }
       if (entry.verb === "completed") counts.completed++
       else if (entry.verb === "failed" || entry.verb === "discarded") counts.failed++
-      settler.push(entry)
+      if (running.settled === undefined) settler.push(entry)
+      else settled(entry, running.settled.answer)
       fill(line)
       signal(line.queue)
     })
@@ -249,10 +307,12 @@ export const start = Effect.fnUntraced(function*(options: {
       claimedAt,
       fiber: undefined,
       interruption: undefined,
-      entry: undefined
+      entry: undefined,
+      settled: undefined
     }))
     for (const running of jobs) {
       lease.jobs.set(running.row.id, running)
+      if (cancelling.has(running.row.id)) liveness.hurry()
       if (isSuspect(running)) suspects++
       // Told to stop, or declared dead, meanwhile; a job whose row is gone; one suspect too many: back, unburnt.
       const unwanted = stopping || worker !== liveness.id() || running.row.kind === null ||
@@ -278,6 +338,7 @@ export const start = Effect.fnUntraced(function*(options: {
     yield* Effect.forkDetach(
       Effect.onExit(claimHere(line, limit), (exit) => {
         claiming--
+        if (claiming === 0) cancelling.clear()
         return Deferred.done(result, exit)
       }),
       { startImmediately: true, uninterruptible: true }
@@ -325,7 +386,16 @@ export const start = Effect.fnUntraced(function*(options: {
       return Math.min(...lines.map((line) => Line.stuckAt(line)))
     }
   })
-  yield* wakeup.subscribe({ onDue: timekeeper.due, onLost: liveness.doubt })
+  yield* wakeup.subscribe({
+    ...Wakeup.deaf,
+    onDue: timekeeper.due,
+    onLost: liveness.doubt,
+    // Only a hint, which anybody can give: the heartbeat brings the marks of the jobs that are this worker's.
+    onCancel: (id) => {
+      if ([...leases.values()].some(({ jobs }) => jobs.has(id))) liveness.hurry()
+      else if (claiming > 0 && cancelling.size < mostCancelling) cancelling.add(id)
+    }
+  })
 
   // ---------------------------------------------------------------------------
   // Start and stop
@@ -340,11 +410,16 @@ export const start = Effect.fnUntraced(function*(options: {
       liveness.run,
       timekeeper.run,
       ...lines.map(pull),
-      Maintenance.sweep({
+      ...Maintenance.tasks({
         store,
         wakeup,
+        worker: liveness.id,
         interval: options.rescueInterval,
-        allowed: () => !stopping && liveness.settled()
+        allowed: () => !stopping && liveness.settled(),
+        unparking,
+        onUnparked: () => {
+          unparked = true
+        }
       })
     ]),
     false
@@ -393,7 +468,8 @@ export const start = Effect.fnUntraced(function*(options: {
       Deferred.await(hopeless),
       Effect.gen(function*() {
         const ended = () =>
-          leases.size === 0 && settler.size() === 0 && (startable <= 0 || (timekeeper.allDry() && liveness.alive()))
+          leases.size === 0 && settler.size() === 0 &&
+          (startable <= 0 || (unparked && timekeeper.allDry() && liveness.alive()))
         while (!ended()) yield* Effect.sleep(5)
       })
     ),

@@ -37,6 +37,9 @@ export class JobQueueError extends Schema.TaggedError<JobQueueError>()("JobQueue
 /** The largest payload or result, in bytes of JSON text; held by a CHECK and by `enqueue`. */
 export const maxPayloadBytes = 1_048_576
 
+/** The largest progress of a job, in bytes of JSON text. */
+export const maxProgressBytes = 65_536
+
 /** The statements of migration 1. `s` is the validated and quoted schema name. */
 const initial = (s: string, channel: string): ReadonlyArray<string> => [
   // `json`, not `jsonb`: the string that was checked is the string that is stored and returned, byte for byte,
@@ -239,10 +242,27 @@ const initial = (s: string, channel: string): ReadonlyArray<string> => [
   `revoke all on all functions in schema ${s} from public`
 ]
 
+/** The statements of migration 2: what a job says of itself while it runs, who waits for it, and parked kinds. */
+const life = (s: string): ReadonlyArray<string> => [
+  // `retried_at`: somebody has brought the job back after its end, and earlier attempts count no more.
+  `alter table ${s}.job add column progress json check (octet_length(progress::text) <= ${maxProgressBytes}),
+    add column awaited boolean not null default false, add column retried_at timestamptz`,
+  ...["finished", "archive"].map((table) => `alter table ${s}.${table} add column progress json`),
+  // Which kinds have jobs in the lanes of the parked. `since` changes with every job that is parked, so that a worker
+  // that has found the lanes empty cannot remove the mark of one that came in at the same time.
+  `create table ${s}.parked (
+    queue text collate "C" not null,
+    kind text collate "C" not null,
+    since timestamptz not null default clock_timestamp(),
+    primary key (queue, kind)
+  )`
+]
+
 const migrations: ReadonlyArray<
   readonly [id: number, name: string, (quotedSchema: string, channel: string) => ReadonlyArray<string>]
 > = [
-  [1, "initial", initial]
+  [1, "initial", initial],
+  [2, "life", life]
 ]
 
 /** The version of the storage that this library needs. */

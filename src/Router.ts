@@ -18,6 +18,8 @@ export interface Router {
   readonly find: (kind: string) => Route | undefined
   /** A kind, or a prefix, that two of the listed jobs handle. */
   readonly ambiguous: string | undefined
+  /** The transactional handlers, with the context that each was built in. */
+  readonly transactional: ReadonlyArray<{ readonly name: string; readonly context: Context.Context<never> }>
 }
 
 /** A handler, and the kind to tell it: under the family's own prefix, where the job came in under an alias of it. */
@@ -32,12 +34,14 @@ export interface Route {
 export const make = (jobs: ReadonlyArray<Job.Any>, context: Context.Context<never>): Router => {
   const exact = new Map<string, Route>()
   const families: Array<{ readonly prefix: string; readonly handling: Run.Handling }> = []
+  const transactional: Array<Router["transactional"][number]> = []
   let ambiguous: string | undefined
   for (const job of jobs) {
     const { definition } = job["~effect-pgqueue/Job"]
     // Sound: the layer's type requires this very key for every listed job.
     const registered = context.mapUnsafe.get(definition.key.key) as Job.Registered
     const handling = Run.handling(definition, registered)
+    if (registered.transactional) transactional.push({ name: definition.name, context: registered.context })
     for (const name of [definition.name, ...definition.aliases]) {
       if (definition.family ? families.some(({ prefix }) => prefix === name) : exact.has(name)) ambiguous = name
       if (definition.family) families.push({ prefix: name, handling })
@@ -56,6 +60,7 @@ export const make = (jobs: ReadonlyArray<Job.Any>, context: Context.Context<neve
         ? undefined
         : { handling: family.handling, kind: family.handling.definition.name + kind.slice(family.prefix.length) }
     },
-    ambiguous
+    ambiguous,
+    transactional
   }
 }

@@ -22,11 +22,13 @@ import * as Outcome from "./Outcome.ts"
 import * as RetryPolicy from "./RetryPolicy.ts"
 import type * as Settlement from "./Settlement.ts"
 import type * as Store from "./Store.ts"
+import type * as Transactional from "./Transactional.ts"
 
 /** A claimed job and what the worker knows of its run. */
 export interface Running {
   readonly row: Store.ClaimedRow
-  readonly lease: string
+  /** Changes once, when a transactional handler gets a lease of its own. */
+  lease: string
   readonly queue: string
   /** When it was claimed, by this process's monotonic clock, in milliseconds. */
   readonly claimedAt: number
@@ -35,6 +37,8 @@ export interface Running {
   interruption: Outcome.Interruption | undefined
   /** Set when the run has ended. */
   entry: Settlement.Entry | undefined
+  /** Set when the run has been settled by its handler's own transaction, which has committed. */
+  settled: { readonly entry: Settlement.Entry; readonly answer: Settlement.Answer | undefined } | undefined
 }
 
 /** A handler ready to run: its codecs are made once. */
@@ -47,6 +51,7 @@ export interface Handling {
   readonly decodeError: Codec
 }
 
+type Handler = (payload: unknown) => Effect.Effect<Current.Ended, Current.Unhandled>
 type Codec = (value: unknown) => Effect.Effect<unknown, Schema.SchemaError>
 
 /** Prepares a definition and its registered handler. */
@@ -84,18 +89,36 @@ export const monotonic = (clock: Clock.Clock): number => Number(clock.monotonicT
 export const make = (options: {
   readonly context: Context.Context<never>
   readonly middleware: ReadonlyArray<Job.Middleware>
+  readonly transactional: Transactional.Transactional
+  /** Stores what a handler says of its job. */
+  readonly progress: (running: Running, value: string) => Effect.Effect<void>
 }) =>
 (running: Running, handling: Handling, kind: string): Effect.Effect<void> =>
   Effect.suspend(() => {
     const clock = Context.get(options.context, Clock.Clock)
     const startedAt = monotonic(clock)
+    const ran = () => monotonic(clock) - startedAt
     const context = Context.merge(options.context, handling.registered.context)
+    const handler = (payload: unknown) =>
+      handling.registered.transactional
+        ? options.transactional(
+          running,
+          handling.registered.run(payload, kind),
+          (value) => completed(value, running, handling, ran())
+        )
+        : handling.registered.run(payload, kind)
     return Effect.gen(function*() {
       const history = yield* historyOf(running.row, handling)
       const info = infoOf(running, history)
-      const exit = yield* Effect.exit(Effect.interruptible(body(running, handling, kind, info, options.middleware)))
-      const outcome = conclude(exit, Current.intentOf(info), running)
-      running.entry = yield* settlement(outcome, running, handling, history, monotonic(clock) - startedAt)
+      const control: Current.Control = {
+        intent: undefined,
+        interrupt: () => running.fiber?.interruptUnsafe(),
+        progress: (value) => options.progress(running, value)
+      }
+      Current.controlled(info, control)
+      const exit = yield* Effect.exit(Effect.interruptible(body(running, handling, handler, info, options.middleware)))
+      running.entry = running.settled?.entry ??
+        (yield* settlement(conclude(exit, control.intent, running), running, handling, history, ran()))
       // What middleware needs, the worker's layer required; what the handler and its codecs need, the handler's did.
     }).pipe(Effect.provideContext(context))
   })
@@ -104,15 +127,14 @@ export const make = (options: {
 const body = (
   running: Running,
   handling: Handling,
-  kind: string,
+  handler: Handler,
   info: Job.Info,
   middleware: ReadonlyArray<Job.Middleware>
 ) => {
   const wrapped = (payload: unknown) => {
-    const handler = handling.registered.run(payload, kind)
     let run = running.row.timeout_ms === null
-      ? handler
-      : withTimeout(handler, running, info, running.row.timeout_ms)
+      ? handler(payload)
+      : withTimeout(handler(payload), running, info, running.row.timeout_ms)
     for (let i = middleware.length - 1; i >= 0; i--) run = middleware[i]!(run, info)
     return run
   }
@@ -193,23 +215,14 @@ const settlement = (
   })
   switch (outcome._tag) {
     case "Complete":
-      return Effect.flatMap(
-        handling.encodeSuccess(outcome.value),
-        (value) => jsonText(value, maxPayloadBytes, () => (message) => ({ message }), "the result")
-      ).pipe(
-        Effect.map((result) => entry("completed", { result: result === "null" ? undefined : result })),
-        // Whatever the codec does, a run ends with a settlement.
-        Effect.catchCause((cause) => {
-          const message = Outcome.sanitize(`the result cannot be stored: ${messageOf(cause)}`)
-          return settlement(
-            { _tag: "Retry", failure: { _tag: "Defect", message }, message },
-            running,
-            handling,
-            history,
-            ran
-          )
-        })
-      )
+      return Effect.catch(completed(outcome.value, running, handling, ran), (message) =>
+        settlement(
+          { _tag: "Retry", failure: { _tag: "Defect", message }, message },
+          running,
+          handling,
+          history,
+          ran
+        ))
     case "Retry":
       return Effect.gen(function*() {
         // The database's clock when it was claimed and our own since then: what the stored attempts are measured with.
@@ -241,6 +254,26 @@ const settlement = (
       )
   }
 }
+
+/** The settlement of a run that has succeeded; fails with why its result cannot be stored. */
+const completed = (
+  value: unknown,
+  running: Running,
+  handling: Handling,
+  ran: number
+): Effect.Effect<Settlement.Entry, string> =>
+  Effect.flatMap(
+    handling.encodeSuccess(value),
+    (encoded) => jsonText(encoded, maxPayloadBytes, () => (message) => ({ message }), "the result")
+  ).pipe(
+    Effect.map((result): Settlement.Entry => ({
+      ...entryOf(running, "completed"),
+      ran,
+      result: result === "null" ? undefined : result
+    })),
+    // Whatever the codec does, a run ends with a settlement.
+    Effect.catchCause((cause) => Effect.fail(Outcome.sanitize(`the result cannot be stored: ${messageOf(cause)}`)))
+  )
 
 const messageOf = (cause: Cause.Cause<{ readonly message: string }>): string =>
   cause.reasons.find(Cause.isFailReason)?.error.message ?? Outcome.describe(cause)
@@ -315,7 +348,8 @@ const infoOf = (running: Running, history: ReadonlyArray<RetryPolicy.Attempt<unk
     enqueuedAt: DateTime.makeUnsafe(row.enqueued_at),
     scheduledFor: DateTime.makeUnsafe(row.scheduled_for),
     metadata: JSON.parse(row.metadata) as Job.Metadata,
-    lastFailure: Option.map(Option.fromUndefinedOr(history[history.length - 1]), ({ failure }) => failure)
+    lastFailure: Option.map(Option.fromUndefinedOr(history[history.length - 1]), ({ failure }) => failure),
+    progress: row.progress === null ? Option.none() : Option.some(JSON.parse(row.progress) as Schema.Json)
   }
 }
 

@@ -9,6 +9,9 @@
  * while the lease was waited for). Its ctid is then that of a version the snapshot cannot see, and a write by ctid
  * silently finds nothing, while a write by id follows the row to its newest version.
  *
+ * A transactional handler's settle runs in the application's own session, whose search_path is not ours: functions are
+ * named with their schema.
+ *
  * @since 0.1.0
  */
 
@@ -33,7 +36,8 @@ export interface Entry {
 
 /**
  * What became of one entry: `done`; `busy`, still in its lease with its row locked by somebody: send it again;
- * `gone`, no longer in the lease or no such job: drop it. Entries that completed as asked are not answered.
+ * `gone`, no longer in the lease or no such job: drop it. Entries that completed as asked are not answered, unless
+ * somebody waits for them.
  */
 export interface Answer {
   readonly lease: string
@@ -41,6 +45,8 @@ export interface Answer {
   readonly state: "done" | "busy" | "gone"
   /** The final status, when the job ended. */
   readonly status: "completed" | "cancelled" | "discarded" | null
+  /** Somebody waits for its end. */
+  readonly awaited: boolean
 }
 
 /** The parameters of `settle`. An entry counts once, whatever the buffer held. */
@@ -87,15 +93,15 @@ export const statements = (s: string) => {
   const writes = (worker: string, lease: string) =>
     `ended as (
       insert into ${s}.finished (id, kind, queue, priority, status, reason, result, error, attempt, max_attempts, timeout_ms,
-        rescued, snoozed, lease, worker, group_key, trace, metadata, enqueued_at, scheduled_for, started_at, finished_at, payload)
+        rescued, snoozed, lease, worker, group_key, trace, metadata, enqueued_at, scheduled_for, started_at, finished_at, payload, progress)
       select id, kind, queue, priority, status, end_reason, end_result, failure, next_attempt, max_attempts, timeout_ms,
-        next_rescued, next_snoozed, ${lease}, ${worker}, group_key, trace, metadata, enqueued_at, scheduled_for, started_at, now, payload
+        next_rescued, next_snoozed, ${lease}, ${worker}, group_key, trace, metadata, enqueued_at, scheduled_for, started_at, now, payload, progress
       from decided where status is not null on conflict (id) do nothing
     ), removed as (
       delete from ${s}.job where id = any (array(select id from decided where status is not null))
     ), freed as (
       delete from ${s}.unique_key where key = any (array(select unique_key from decided where status is not null and key_held))
-        and (expires_at is null or expires_at <= clock_timestamp())
+        and (expires_at is null or expires_at <= pg_catalog.clock_timestamp())
     ), back as (
       insert into ${s}.ready (queue, lane, run_at, id, kind, attempt, group_key)
       select queue, priority + case when next_rescued >= 2 then 100 else 0 end, next_run_at, id, kind, next_attempt, group_key
@@ -108,12 +114,12 @@ export const statements = (s: string) => {
       select id, attempt + 1, failure ->> 'tag', failure ->> 'message', failure -> 'error', ${worker}, started_at, now
       from decided where status is null and failure is not null
     ), left_over as materialized (
-      select h.id, array(select unnest(h.ids) except select o.id from out_of_lease o where o.lease = h.id) as ids from held h
+      select h.id, array(select pg_catalog.unnest(h.ids) except select o.id from out_of_lease o where o.lease = h.id) as ids from held h
     ), shrunk as (
       update ${s}.lease l set ids = o.ids from left_over o
-      where l.id = o.id and cardinality(o.ids) > 0 and cardinality(o.ids) < cardinality(l.ids)
+      where l.id = o.id and pg_catalog.cardinality(o.ids) > 0 and pg_catalog.cardinality(o.ids) < pg_catalog.cardinality(l.ids)
     ), closed as (
-      delete from ${s}.lease where id = any (array(select id from left_over where cardinality(ids) = 0))
+      delete from ${s}.lease where id = any (array(select id from left_over where pg_catalog.cardinality(ids) = 0))
     )`
 
   // The first loss of a job is free, every later one counts an attempt and makes the job a suspect: after a crash nobody
@@ -122,7 +128,7 @@ export const statements = (s: string) => {
     ends: "rescued > 0 and attempt + 1 >= max_attempts",
     attempt: "attempt + case when rescued > 0 then 1 else 0 end",
     runAt: `case when rescued = 0 then run_at
-          else c.now + least(300, 2 * power(2, least(rescued, 10))) * (0.5 + random()) * interval '1 second' end`
+          else c.now + least(300, 2 * pg_catalog.power(2, least(rescued, 10))) * (0.5 + pg_catalog.random()) * interval '1 second' end`
   }
 
   const settle = `with input as materialized (
@@ -132,7 +138,7 @@ export const statements = (s: string) => {
       select l.id, l.ids from ${s}.lease l where l.id = any (array(select distinct lease from input)) order by l.id for update
     ), checked as materialized (
       -- In the target list this stays a hashed subplan; as a join it may become quadratic (10 000 jobs/s at 20 000 a statement).
-      select i.*, (i.lease, i.id) in (select h.id, u.id from held h cross join unnest(h.ids) as u(id)) as mine from input i
+      select i.*, (i.lease, i.id) in (select h.id, u.id from held h cross join pg_catalog.unnest(h.ids) as u(id)) as mine from input i
     ), ${
     locked(
       "(select * from checked where mine)",
@@ -151,29 +157,30 @@ export const statements = (s: string) => {
         verb <> 'released' as changed,
         case when verb in ('cancelled', 'discarded') then coalesce(nullif(reason, ''), cancel_reason) else cancel_reason end as end_reason,
         nullif(result, '')::json as end_result,
-        case when tag <> '' then json_build_object('tag', tag, 'message', nullif(message, ''), 'error', nullif(error, '')::json) end as failure
-      from (select clock_timestamp() as now) c, locked l where not key_busy
+        case when tag <> '' then pg_catalog.json_build_object('tag', tag, 'message', nullif(message, ''), 'error', nullif(error, '')::json) end as failure
+      from (select pg_catalog.clock_timestamp() as now) c, locked l where not key_busy
     ), missing as materialized (
       select c.lease, c.id, exists (select 1 from ${s}.job j where j.id = c.id offset 0) as busy
       from checked c where c.mine and case when c.id in (select id from decided) then false else true end
     ), out_of_lease as materialized (
       select lease, id from decided union all select lease, id from missing where not busy
     ), ${writes("$11::uuid", "lease")}
-    select lease::text as lease, id::text as id, 'done' as state, status from decided where verb <> 'completed'
-    union all select lease::text, id::text, case when busy then 'busy' else 'gone' end, null from missing
-    union all select lease::text, id::text, 'gone', null from checked where not mine`
+    select lease::text as lease, id::text as id, 'done' as state, status, awaited from decided where verb <> 'completed' or awaited
+    union all select lease::text, id::text, case when busy then 'busy' else 'gone' end, null, false from missing
+    union all select lease::text, id::text, 'gone', null, false from checked where not mine`
 
   const takeBack = (held: string, decided: string) =>
     `with held as materialized (${held}),
-    entries as materialized (select h.id as lease, h.worker, u.id from held h cross join unnest(h.ids) as u(id)),
+    entries as materialized (select h.id as lease, h.worker, u.id from held h cross join pg_catalog.unnest(h.ids) as u(id)),
     ${locked("entries", "m.lease, m.worker")}, decided as materialized (${decided}),
     missing as materialized (
       select e.lease, e.id from entries e
       where case when e.id in (select id from decided) then false else not exists (select 1 from ${s}.job j where j.id = e.id offset 0) end
     ), out_of_lease as materialized (select lease, id from decided union all select lease, id from missing),
     ${writes("worker", "lease")}
-    select (select count(*) from held)::int4 as leases, count(*) filter (where status is null)::int4 as back,
-      count(*) filter (where status is not null)::int4 as ended, json_agg(distinct queue)::text as queues,
+    select (select pg_catalog.count(*) from held)::int4 as leases, pg_catalog.count(*) filter (where status is null)::int4 as back,
+      pg_catalog.count(*) filter (where status is not null)::int4 as ended, pg_catalog.json_agg(distinct queue)::text as queues,
+      pg_catalog.json_agg(id) filter (where status is not null and awaited)::text as awaited,
       (select id::text from held order by id desc limit 1) as last from decided`
 
   const rescue = takeBack(
@@ -186,8 +193,8 @@ export const statements = (s: string) => {
         ${lost.attempt} as next_attempt, rescued + 1 as next_rescued, snoozed as next_snoozed,
         ${lost.runAt} as next_run_at,
         true as changed, cancel_reason as end_reason, null::json as end_result,
-        json_build_object('tag', 'Lost', 'message', 'the worker that ran this attempt was lost') as failure
-      from (select clock_timestamp() as now) c, locked l where not key_busy`
+        pg_catalog.json_build_object('tag', 'Lost', 'message', 'the worker that ran this attempt was lost') as failure
+      from (select pg_catalog.clock_timestamp() as now) c, locked l where not key_busy`
   )
 
   const release = takeBack(
@@ -195,8 +202,20 @@ export const statements = (s: string) => {
     `select l.*, c.now, null::timestamptz as started_at, case when cancelled_at is not null then 'cancelled' end as status,
         attempt as next_attempt, rescued as next_rescued, snoozed as next_snoozed, run_at as next_run_at, false as changed,
         cancel_reason as end_reason, null::json as end_result, null::json as failure
-      from (select clock_timestamp() as now) c, locked l where not key_busy`
+      from (select pg_catalog.clock_timestamp() as now) c, locked l where not key_busy`
   )
 
-  return { settle, rescue, release }
+  // Gives a job a lease of its own: what keeps its lease locked until a commit must not hold up the jobs claimed with it.
+  const detach = `with held as materialized (
+      select l.id, l.worker, l.ids from ${s}.lease l where l.id = $1::uuid for update
+    ), mine as materialized (
+      select *, cardinality(ids) = 1 as alone from held where $2::uuid = any (ids)
+    ), own as (
+      insert into ${s}.lease (id, worker, ids) select $3::uuid, worker, array[$2::uuid] from mine where not alone
+    ), shrunk as (
+      update ${s}.lease l set ids = array_remove(m.ids, $2::uuid) from mine m where l.id = m.id and not m.alone
+    )
+    select alone from mine`
+
+  return { settle, rescue, release, detach }
 }

@@ -10,12 +10,21 @@ import * as Effect from "effect/Effect"
 import type { SqlError } from "effect/sql/SqlError"
 import * as Database from "./Database.ts"
 import * as Insertion from "./Insertion.ts"
+import * as Intervention from "./Intervention.ts"
 import * as Settlement from "./Settlement.ts"
+import * as Upkeep from "./Upkeep.ts"
 
 export { columnsOf, keyedColumnsOf, type NewJob, type UniqueRule } from "./Insertion.ts"
+export type { EndRow } from "./Intervention.ts"
 
 /** The first lane of suspects: jobs that have lost their worker more than once wait in 100 + priority. */
 export const suspectLane = 100
+
+const priorities = [0, 1, 2, 3, 4, 5, 6, 7, 8, 9] as const
+/** The lanes of the ten priorities. */
+export const priorityLanes: ReadonlyArray<number> = priorities
+/** The lanes of suspects. */
+export const suspectLanes: ReadonlyArray<number> = priorities.map((priority) => suspectLane + priority)
 
 /** Where a claim goes on reading one lane: after the row with this due time (microseconds) and id. */
 export interface LaneCursor {
@@ -24,15 +33,12 @@ export interface LaneCursor {
   readonly id: string
 }
 
-/** Sorts before every id. */
-const firstId = "00000000-0000-0000-0000-000000000000"
-
 /** The beginning of a lane. */
 export const laneStart = (lane: number): LaneCursor => ({
   lane,
   // Year -4713 in microseconds, the smallest timestamp, would overflow the arithmetic; no row is due before 1970.
   runAt: "-1",
-  id: firstId
+  id: Database.firstId
 })
 
 /** A claimed job. The columns of the job are `null` when its row is gone. */
@@ -53,7 +59,9 @@ export interface ClaimedRow {
   /** The database's clock when it was claimed. */
   readonly claimed_at: number
   readonly payload: string
-  /** The earlier attempts, oldest first, as JSON text of `AttemptRow`s. */
+  /** JSON text. */
+  readonly progress: string | null
+  /** The earlier attempts since it was enqueued or retried, oldest first, as JSON text of `AttemptRow`s. */
   readonly history: string | null
 }
 
@@ -99,9 +107,17 @@ export interface TakenBack {
   readonly back: number
   readonly ended: number
   readonly queues: ReadonlyArray<string>
+  /** Jobs that have ended and whose end somebody waits for. */
+  readonly awaited: ReadonlyArray<string>
   /** The greatest of these leases; `null` when there were none. */
   readonly last: string | null
 }
+
+/**
+ * How much text of its earlier attempts travels with a claimed job, in bytes: the latest that fit. A thousand attempts with
+ * an error of 64 KiB each would be a row that no client can read.
+ */
+const historySize = 1_048_576
 
 /** Longer than anything has been due, in milliseconds. */
 export const everything = 1e13
@@ -122,6 +138,8 @@ export const make = (db: Database.Database, schema: string) => {
   const s = Database.quoteSchema(schema)
   const insertion = Insertion.statements(s)
   const settlement = Settlement.statements(s)
+  const intervention = Intervention.make(db, s)
+  const upkeep = Upkeep.make(db, s)
 
   // One probe per lane, each with its own limit, in lane order and only as far as needed: future jobs and lower
   // priorities cost nothing. Gated on the worker's own row in front of everything (`me`), so that a process declared
@@ -163,10 +181,13 @@ export const make = (db: Database.Database, schema: string) => {
       rescued, timeout_ms::float8 as timeout_ms, trace, metadata::text as metadata,
       ${millis("enqueued_at")} as enqueued_at, ${millis("scheduled_for")} as scheduled_for,
       ${millis("clock_timestamp()")} as claimed_at, payload::text as payload,
-      case when attempt > 0 or rescued > 0 then (
-        select json_agg(json_build_object('n', a.n, 'tag', a.tag, 'message', a.message, 'error', a.error,
-          'at', ${millis("a.ended_at")}) order by a.id)
-        from ${s}.attempt a where a.job = picked)::text end as history
+      progress::text as progress, case when attempt > 0 or rescued > 0 then (
+        select json_agg(json_build_object('n', a.n, 'tag', a.tag, 'at', ${millis("a.ended_at")},
+          'message', case when a.size <= ${historySize} then a.message end, 'error', case when a.size <= ${historySize} then a.error end) order by a.id)
+        from (
+          select a.*, sum(coalesce(octet_length(a.message), 0) + coalesce(octet_length(a.error::text), 0)) over (order by a.id desc) as size
+          from ${s}.attempt a where a.job = picked and (retried_at is null or a.ended_at > retried_at)
+        ) a)::text end as history
     from jobs`
 
   const beatText = `with beat as (
@@ -181,13 +202,6 @@ export const make = (db: Database.Database, schema: string) => {
     from ${s}.lease l cross join unnest(l.ids) as u(id)
     cross join lateral (select j.id from ${s}.job j where j.id = u.id and j.cancelled_at is not null offset 0) j
     where l.worker = $1::uuid`
-
-  // Skipped when locked and judged again after a lock was waited for: a late beat wins or loses cleanly.
-  const reapText = `delete from ${s}.worker where id = any (array(
-      select w.id from ${s}.worker w
-      where greatest(w.beat_at, pg_postmaster_start_time()) < clock_timestamp() - w.lease_ms * interval '1 millisecond'
-      order by w.id for update skip locked))
-    returning id::text as id`
 
   // Two probes a lane, due and future: cheap however long the lanes are. Not EXISTS: it drops the order, and then a scan of
   // the whole line looks cheap to the planner, which expects the first row to fit.
@@ -225,6 +239,9 @@ export const make = (db: Database.Database, schema: string) => {
   const rows = (text: string, params: ReadonlyArray<unknown>) => db.query<any>(text, params)
 
   return {
+    ...intervention.verbs,
+    ...upkeep.verbs,
+
     /**
      * Inserts jobs without a unique key; returns the ids that were not there before. `patience` bounds, in milliseconds,
      * the wait for a transaction that has taken one of the ids or keys and not ended.
@@ -281,7 +298,8 @@ export const make = (db: Database.Database, schema: string) => {
           job.unique!.onConflict,
           String(job.delay),
           job.runAt === undefined ? "" : String(job.runAt),
-          job.unique!.period === undefined ? "" : String(job.unique!.period)
+          job.unique!.period === undefined ? "" : String(job.unique!.period),
+          job.awaited === true ? "awaited" : ""
         ]),
         (rows) => rows[0]!.count === 1
       ),
@@ -329,6 +347,32 @@ export const make = (db: Database.Database, schema: string) => {
       rows(settlement.settle, Settlement.columnsOf(worker, entries)),
 
     /**
+     * Settles one job in the application's transaction. See `settle`.
+     */
+    settleHere: (worker: string, entry: Settlement.Entry): Effect.Effect<ReadonlyArray<Settlement.Answer>, SqlError> =>
+      Database.here(db, settlement.settle, Settlement.columnsOf(worker, [entry])),
+
+    /**
+     * Moves a job out of its lease into one of its own. `"alone"`: it has one already; `"gone"`: it is no longer in that
+     * lease.
+     */
+    detach: (lease: string, id: string, own: string): Effect.Effect<"moved" | "alone" | "gone", SqlError> =>
+      Effect.map(
+        rows(settlement.detach, [lease, id, own]),
+        ([row]) => row === undefined ? "gone" : row.alone ? "alone" : "moved"
+      ),
+
+    /**
+     * Says in the application's transaction how long its session may do nothing, in milliseconds.
+     */
+    boundIdle: (millis: number): Effect.Effect<void, SqlError> =>
+      Effect.asVoid(Database.here(
+        db,
+        "select pg_catalog.set_config('idle_in_transaction_session_timeout', $1::text, true) as bound",
+        [String(Math.ceil(millis))]
+      )),
+
+    /**
      * Registers a worker: from now on it may claim.
      */
     register: (worker: {
@@ -363,21 +407,17 @@ export const make = (db: Database.Database, schema: string) => {
       expireKeys: insertion.expireKeys,
       claim: claimText,
       beat: beatText,
-      reap: reapText,
       look: lookText,
-      ...settlement
+      ...settlement,
+      ...intervention.texts,
+      ...upkeep.texts
     },
-
-    /**
-     * Deletes workers that have not been heard of for their lease time.
-     */
-    reapWorkers: (): Effect.Effect<ReadonlyArray<{ readonly id: string }>, SqlError> => rows(reapText, []),
 
     /**
      * Takes back the jobs of up to `limit` leases whose worker is gone, in the order of their ids and after the lease
      * `after`; counts a rescue on each job.
      */
-    rescue: (limit: number, after: string = firstId): Effect.Effect<TakenBack, SqlError> =>
+    rescue: (limit: number, after: string = Database.firstId): Effect.Effect<TakenBack, SqlError> =>
       Effect.map(rows(settlement.rescue, [limit, after]), takenBack),
 
     /**
@@ -406,8 +446,7 @@ export const make = (db: Database.Database, schema: string) => {
   }
 
   function run(inUserTransaction: boolean, text: string, params: ReadonlyArray<unknown>) {
-    // Unprepared: the application's sessions may keep a plan that was made while a table was empty.
-    return inUserTransaction ? db.app.unsafe<any>(text, params).unprepared : rows(text, params)
+    return inUserTransaction ? Database.here<any>(db, text, params) : rows(text, params)
   }
 }
 
@@ -423,8 +462,10 @@ const insertedIds = (
 }
 
 const takenBack = (
-  rows: ReadonlyArray<Omit<TakenBack, "queues"> & { readonly queues: string | null }>
-): TakenBack => ({ ...rows[0]!, queues: rows[0]!.queues === null ? [] : JSON.parse(rows[0]!.queues) })
+  rows: ReadonlyArray<
+    Omit<TakenBack, "queues" | "awaited"> & { readonly queues: string | null; readonly awaited: string | null }
+  >
+): TakenBack => ({ ...rows[0]!, queues: Database.listOf(rows[0]!.queues), awaited: Database.listOf(rows[0]!.awaited) })
 
 /**
  * Reads the rows of `beatText`.

@@ -1,5 +1,5 @@
 /**
- * Who must be woken, and when: marked after the commit, told to the workers of this process directly and to the others
+ * Who must be woken, and when: marked after the commit, told to the listeners of this process directly and to the others
  * by one coalesced NOTIFY. Only a hint: polling is the truth.
  *
  * @since 0.1.0
@@ -14,13 +14,23 @@ import * as Database from "./Database.ts"
 import * as Episode from "./Episode.ts"
 import * as Store from "./Store.ts"
 
-/** A worker of this process. */
+/** Whoever wants to hear: a worker, or somebody who waits for a job. */
 export interface Listener {
-  /** A queue has something due in `delay` milliseconds; no queue means: look at all of them. */
+  /** A queue has something due in `delay` milliseconds; no queue means: look at everything, something may have been missed. */
   readonly onDue: (queue: string | undefined, delay: number) => void
+  /** A running job may have been cancelled. */
+  readonly onCancel: (job: string) => void
+  /** A job may have ended. */
+  readonly onEnd: (job: string) => void
   /** The session that listened was lost: the first sign of an outage. */
   readonly onLost: () => void
 }
+
+/** Hears nothing. */
+export const deaf: Listener = { onDue: () => {}, onCancel: () => {}, onEnd: () => {}, onLost: () => {} }
+
+/** What is told of one job. */
+export type News = "cancel" | "end"
 
 /**
  * Wakes workers.
@@ -28,14 +38,19 @@ export interface Listener {
 export interface Wakeup {
   /** Announces that a queue has something due in `delay` milliseconds. Returns at once and never fails. */
   readonly mark: (queue: string, delay: number) => void
-  /** Registers a worker of this process until the scope closes. */
+  /** Announces that something has happened to a job that somebody has to know of. Returns at once and never fails. */
+  readonly tell: (news: News, job: string) => void
+  /** Registers a listener of this process until the scope closes. */
   readonly subscribe: (listener: Listener) => Effect.Effect<void, never, Scope.Scope>
-  /** Begins to hear the other processes, once for all workers of this one; reconnects for ever. */
+  /** Begins to hear the other processes, once for all listeners of this one; reconnects for ever. */
   readonly listen: Effect.Effect<void>
 }
 
 /** At most one round of NOTIFY in this many milliseconds: 4-5 times the enqueue rate of a NOTIFY per enqueue. */
 const pause = 5
+
+/** How long the end of a process waits for what is still to be announced, in milliseconds. */
+const lastWord = 300
 
 /** A worker that waits longer than this looks again by itself, so a NOTIFY for a later job would be noise. */
 const horizon = 10_000
@@ -47,7 +62,10 @@ export const make = Effect.fnUntraced(function*(db: Database.Database, schema: s
   const channel = Database.channelOf(schema)
   const listeners = new Set<Listener>()
   const dirty = new Map<string, number>()
+  const told = new Set<string>()
   const pending = Latch.makeUnsafe(false)
+  /** Closed from a mark on until it has been announced. */
+  const silent = Latch.makeUnsafe(true)
   // The session of our own notifier: its notifications were delivered to this process directly.
   let ownProcess = 0
 
@@ -56,6 +74,21 @@ export const make = Effect.fnUntraced(function*(db: Database.Database, schema: s
     if (delay > horizon) return
     const known = dirty.get(queue)
     if (known === undefined || delay < known) dirty.set(queue, delay)
+    silent.closeUnsafe()
+    pending.openUnsafe()
+  }
+
+  const pass = (news: string, job: string): void => {
+    for (const listener of listeners) {
+      if (news === "cancel") listener.onCancel(job)
+      else listener.onEnd(job)
+    }
+  }
+
+  const tell = (news: News, job: string): void => {
+    pass(news, job)
+    told.add(`${news} ${job}`)
+    silent.closeUnsafe()
     pending.openUnsafe()
   }
 
@@ -73,31 +106,41 @@ export const make = Effect.fnUntraced(function*(db: Database.Database, schema: s
           pending.closeUnsafe()
           const round = [...dirty]
           dirty.clear()
-          const payloads = round.map(([queue, delay]) => `${Math.ceil(delay)} ${queue}`)
+          const news = [...told]
+          told.clear()
+          const payloads = [...round.map(([queue, delay]) => `${Math.ceil(delay)} ${queue}`), ...news]
           yield* Bounded.bounded(session.query(Store.notifyText, [channel, payloads]), 5000).pipe(
             // Announced late is better than never.
             Effect.onError(() =>
               Effect.sync(() => {
                 for (const [queue, delay] of round) if (!dirty.has(queue)) dirty.set(queue, delay)
+                for (const one of news) told.add(one)
                 pending.openUnsafe()
               })
             )
           )
+          if (dirty.size + told.size === 0) silent.openUnsafe()
           yield* Effect.sleep(pause)
         }
       }))
     yield* Bounded.fork([forever("the notifier's session", notifier)])
+    // A process that enqueues and ends at once has still something to say.
+    yield* Effect.addFinalizer(() => Effect.ignore(Bounded.bounded(silent.await, lastWord)))
   } else {
     // Without a session of our own there is nobody to tell the others; they poll.
     yield* Bounded.fork([Effect.forever(Effect.flatMap(pending.await, () =>
       Effect.sync(() => {
         pending.closeUnsafe()
         dirty.clear()
+        told.clear()
+        silent.openUnsafe()
       })))])
   }
 
   const hear = (payload: string): void => {
-    // Anybody may NOTIFY: whatever does not parse means no more than "look".
+    // Anybody may NOTIFY: whatever does not parse means no more than "look", and no news is believed without a look.
+    const news = /^(cancel|end) ([0-9a-f-]{36})$/.exec(payload)
+    if (news !== null) return pass(news[1]!, news[2]!)
     const found = /^(\d{1,7}) (.+)$/s.exec(payload)
     for (const listener of listeners) {
       if (found === null) listener.onDue(undefined, 0)
@@ -134,6 +177,7 @@ export const make = Effect.fnUntraced(function*(db: Database.Database, schema: s
 
   const wakeup: Wakeup = {
     mark,
+    tell,
     listen: Effect.asVoid(wanted.open),
     subscribe: (listener) =>
       Effect.acquireRelease(

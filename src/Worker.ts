@@ -4,6 +4,7 @@
  * @since 0.1.0
  */
 import * as Cause from "effect/Cause"
+import * as Context from "effect/Context"
 import * as Duration from "effect/Duration"
 import * as Effect from "effect/Effect"
 import * as Exit from "effect/Exit"
@@ -11,6 +12,7 @@ import * as Layer from "effect/Layer"
 import * as Option from "effect/Option"
 import type * as Runtime from "effect/Runtime"
 import type * as Scope from "effect/Scope"
+import * as SqlClient from "effect/sql/SqlClient"
 import type { SqlError } from "effect/sql/SqlError"
 import type * as Job from "./Job.ts"
 import { JobQueue, JobQueueError } from "./JobQueue.ts"
@@ -192,9 +194,21 @@ const start = Effect.fnUntraced(function*(
       message: `two of the listed jobs handle "${router.ambiguous}"`
     })
   }
+  const { database } = queue.internal
+  for (const handler of router.transactional) {
+    const client = Context.getOption(Context.merge(context, handler.context), SqlClient.SqlClient)
+    if (Option.isSome(client) && client.value.transactionService.key !== database.app.transactionService.key) {
+      return yield* new JobQueueError({
+        reason: "ForeignClient",
+        message: `the transactional handler of "${handler.name}" was built on another SqlClient than the queue's`
+      })
+    }
+  }
   return yield* Loop.start({
     ...queue.internal,
     ...settings,
+    // Without LISTEN a cancellation is heard of by looking.
+    heartbeat: queue.mode === "listen" ? settings.heartbeat : Math.min(settings.heartbeat, settings.pollInterval),
     name: options.name ?? "worker",
     context,
     router,

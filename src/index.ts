@@ -4,9 +4,13 @@
  * @since 0.1.0
  */
 
+/** Look at jobs and act on them: cancel, retry, delete, redrive. */
+export * as Admin from "./Admin.ts"
 /** What a job is: define it, enqueue it, handle it. */
 export * as Job from "./Job.ts"
 /** The service producers use, and its layer. */
 export { JobQueue, JobQueueError } from "./JobQueue.ts"
 /** Runs the jobs of one process. */
 export * as Worker from "./Worker.ts"
+/** What the queue measures of itself. */
+export * as Telemetry from "./Telemetry.ts"

@@ -274,7 +274,7 @@ layer(Storage.layer, { excludeTestServices: true })("claim", (it) => {
       const { ids, lease, rows } = yield* claim(me)
       assert.deepStrictEqual(rows.map((row) => row.kind), [null, "k"])
       const answers = yield* store.settle(me, ids.map((id) => entry(lease, id, "completed")))
-      assert.deepStrictEqual(answers, [{ lease, id: gone.id, state: "gone", status: null }])
+      assert.deepStrictEqual(answers, [{ lease, id: gone.id, state: "gone", status: null, awaited: false }])
     }))
   )
 

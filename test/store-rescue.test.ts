@@ -63,7 +63,7 @@ layer(Storage.layer, { excludeTestServices: true })("rescue", (it) => {
         held.slice(0, 10).flatMap(({ ids }) => ids)
       ])
       for (const { worker } of held) yield* bury(worker)
-      const deaf: Wakeup.Wakeup = { mark: () => {}, subscribe: () => Effect.void, listen: Effect.never }
+      const deaf: Wakeup.Wakeup = { mark: () => {}, tell: () => {}, subscribe: () => Effect.void, listen: Effect.never }
       assert.strictEqual(yield* Maintenance.rescueOnce(store, deaf), 1)
       assert.deepInclude(yield* stateOf(held[10]!.ids[0]!), { place: "ready", rescued: 1 })
       yield* stranger.query("commit")
@@ -85,6 +85,7 @@ layer(Storage.layer, { excludeTestServices: true })("rescue", (it) => {
         back: 1,
         ended: 0,
         queues: ["default"],
+        awaited: [],
         last: held.lease
       })
       assert.deepInclude(yield* stateOf(id), { place: "ready", attempt: 0, rescued: 1 })

@@ -276,7 +276,7 @@ layer(Storage.layer, { excludeTestServices: true })("settle", (it) => {
           entry(again.lease, id, "completed", { result: `"valid"` })
         ]
         const answers = yield* store.settle(held.worker, staleFirst ? batch : batch.toReversed())
-        assert.deepStrictEqual(answers, [{ lease: held.lease, id, state: "gone", status: null }])
+        assert.deepStrictEqual(answers, [{ lease: held.lease, id, state: "gone", status: null, awaited: false }])
         assert.deepInclude(yield* stateOf(id), { status: "completed", result: "valid", lease: again.lease })
       }
     }))
@@ -409,7 +409,13 @@ layer(Storage.layer, { excludeTestServices: true })("settle", (it) => {
       const held = yield* claimed(jobs(2))
       yield* query(`delete from pgqueue.job where id = $1::uuid`, [held.ids[0]!])
       const answers = yield* store.settle(held.worker, held.ids.map((id) => entry(held.lease, id, "completed")))
-      assert.deepStrictEqual(answers, [{ lease: held.lease, id: held.ids[0]!, state: "gone", status: null }])
+      assert.deepStrictEqual(answers, [{
+        lease: held.lease,
+        id: held.ids[0]!,
+        state: "gone",
+        status: null,
+        awaited: false
+      }])
       assert.strictEqual(yield* leases, 0)
     }))
   )
@@ -437,7 +443,7 @@ layer(Storage.layer, { excludeTestServices: true })("settle", (it) => {
           rounds.push(Duration.toMillis(took))
           assert.deepStrictEqual(
             answers.filter((a) => a.state !== "done"),
-            [{ lease: held.lease, id: held.ids[0]!, state: "busy", status: null }]
+            [{ lease: held.lease, id: held.ids[0]!, state: "busy", status: null, awaited: false }]
           )
           assert.strictEqual(yield* finishedCount, (i + 1) * 4)
         }

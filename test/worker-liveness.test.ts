@@ -4,14 +4,12 @@ import { assert, describe, it } from "@effect/vitest"
 import { Context, DateTime, Effect, Exit, Layer, Redacted, Schedule, Schema, Scope } from "effect"
 import { SqlClient } from "effect/sql"
 import { Job, JobQueue, Worker } from "../src/index.ts"
-import { clientLayer } from "./support/database.ts"
 import { Ledger } from "./support/ledger.ts"
 import { makeLink } from "./support/link.ts"
 import {
   allInPlace,
   assertRows,
   databaseUrl,
-  databaseWithLedger,
   queueLayer,
   rows,
   running,
@@ -19,6 +17,7 @@ import {
   untilAllEnded,
   untilValue,
   value,
+  withPolling,
   withQueue
 } from "./support/queue.ts"
 
@@ -181,32 +180,24 @@ describe("a worker that is not heard of", () => {
       yield* bounded
     })))
 
-  it.live("because a handler keeps the only connection spends attempts of its jobs", () => {
-    const anonymous = Layer.effect(
-      SqlClient.SqlClient,
-      Effect.map(PgClient.PgClient, (client) =>
-        new Proxy(client, {
-          has: (target, key) => key !== PgClient.TypeId && key in target,
-          get: (target, key) => key === PgClient.TypeId || key === "config" ? undefined : Reflect.get(target, key)
-        }) as SqlClient.SqlClient)
-    ).pipe(Layer.provide(clientLayer({ maxConnections: 1 })))
-    return Effect.scoped(Effect.gen(function*() {
-      class Keeping extends Job.make("keeping", { maxAttempts: 1, retry: Schedule.recurs(5) }) {}
-      const KeepingHandler = Keeping.toLayer(() =>
-        Effect.gen(function*() {
-          const { record } = yield* Ledger
-          const sql = yield* SqlClient.SqlClient
-          yield* record("start")
-          yield* Effect.orDie(sql.withTransaction(Effect.andThen(sql`select 1`, Effect.sleep("4 seconds"))))
-        })
-      )
-      yield* Keeping.enqueue()
-      yield* running(Worker.layer({ jobs: [Keeping], ...timing }).pipe(Layer.provide(KeepingHandler)))
-      yield* bounded
-    })).pipe(
-      Effect.provide(JobQueue.layer().pipe(Layer.provideMerge(anonymous), Layer.provideMerge(databaseWithLedger())))
-    )
-  })
+  it.live("because a handler keeps the only connection spends attempts of its jobs", () =>
+    withPolling(
+      Effect.gen(function*() {
+        class Keeping extends Job.make("keeping", { maxAttempts: 1, retry: Schedule.recurs(5) }) {}
+        const KeepingHandler = Keeping.toLayer(() =>
+          Effect.gen(function*() {
+            const { record } = yield* Ledger
+            const sql = yield* SqlClient.SqlClient
+            yield* record("start")
+            yield* Effect.orDie(sql.withTransaction(Effect.andThen(sql`select 1`, Effect.sleep("4 seconds"))))
+          })
+        )
+        yield* Keeping.enqueue()
+        yield* running(Worker.layer({ jobs: [Keeping], ...timing }).pipe(Layer.provide(KeepingHandler)))
+        yield* bounded
+      }),
+      { maxConnections: 1 }
+    ))
 })
 
 describe("a worker that has said goodbye", () => {

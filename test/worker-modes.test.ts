@@ -1,15 +1,12 @@
 /** Ways to run: until nothing is left, by polling alone, over any client the application may have. */
-import { PgClient } from "@effect/sql-pg"
 import { assert, describe, it } from "@effect/vitest"
 import { Context, Effect, Layer, Schedule, Schema, String } from "effect"
 import { SqlClient } from "effect/sql"
 import { Job, JobQueue, Worker } from "../src/index.ts"
-import { clientLayer } from "./support/database.ts"
 import { Ledger } from "./support/ledger.ts"
 import {
   allInPlace,
   assertRows,
-  databaseWithLedger,
   phases,
   queueLayer,
   rows,
@@ -18,6 +15,7 @@ import {
   untilQuiet,
   untilValue,
   value,
+  withPolling,
   withQueue
 } from "./support/queue.ts"
 
@@ -156,31 +154,14 @@ describe("the application's client may", () => {
 })
 
 describe("a client that cannot LISTEN", () => {
-  /** Any `SqlClient` on PostgreSQL that is not a `PgClient`. */
-  const anonymous = Layer.effect(
-    SqlClient.SqlClient,
-    Effect.map(PgClient.PgClient, (client) =>
-      new Proxy(client, {
-        has: (target, key) => key !== PgClient.TypeId && key in target,
-        get: (target, key) => key === PgClient.TypeId || key === "config" ? undefined : Reflect.get(target, key)
-      }) as SqlClient.SqlClient)
-  ).pipe(Layer.provide(clientLayer({ applicationName: "polling" })))
-
-  const polling = <A, E, R>(body: Effect.Effect<A, E, R>) =>
-    Effect.scoped(body).pipe(
-      Effect.provide(
-        JobQueue.layer().pipe(Layer.provideMerge(anonymous), Layer.provideMerge(databaseWithLedger()))
-      )
-    )
-
   it.live("works by polling alone", () =>
-    polling(Effect.andThen(
+    withPolling(Effect.andThen(
       Effect.map(JobQueue, ({ mode }) => assert.strictEqual(mode, "poll")),
       everything
     )))
 
   it.live("finds within a poll what another process has enqueued", () =>
-    polling(Effect.gen(function*() {
+    withPolling(Effect.gen(function*() {
       yield* running(Worker.layer({ jobs: [Note] }).pipe(Layer.provide(NoteHandler)))
       yield* untilValue("select count(*)::int from pgqueue.worker", 1)
       const other = Context.pick(JobQueue)(yield* Layer.build(queueLayer()))
@@ -199,7 +180,7 @@ describe("a client that cannot LISTEN", () => {
     })))
 
   it.live("runs until empty", () =>
-    polling(Effect.gen(function*() {
+    withPolling(Effect.gen(function*() {
       yield* Note.enqueueAll(numbers(200))
       const counts = yield* Worker.runUntilEmpty({ jobs: [Note] }).pipe(Effect.provide(NoteHandler))
       assert.deepStrictEqual(counts, { completed: 200, failed: 0 })

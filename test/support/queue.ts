@@ -1,5 +1,5 @@
 /** A queue under test: a fresh database, the application's client, the ledger, and conditions to wait for. */
-import type { PgClient } from "@effect/sql-pg"
+import { PgClient } from "@effect/sql-pg"
 import { assert } from "@effect/vitest"
 import { Clock, Effect, Layer, Redacted, Schedule, type Scope } from "effect"
 import { SqlClient, type SqlError } from "effect/sql"
@@ -42,6 +42,30 @@ export const queueLayer = (
   SqlError.SqlError | JobQueueError,
   TestDatabase
 > => Layer.fresh(Layer.provideMerge(JobQueue.layer(options.queue), clientLayer(options.pool)))
+
+/** A client that cannot LISTEN: any `SqlClient` on PostgreSQL that is not a `PgClient`. Its sessions are called "polling". */
+export const pollingClient = (
+  pool?: Omit<PgClient.PgPoolConfig, "url">
+): Layer.Layer<SqlClient.SqlClient, SqlError.SqlError, TestDatabase> =>
+  Layer.effect(
+    SqlClient.SqlClient,
+    Effect.map(PgClient.PgClient, (client) =>
+      // Sound: it lacks nothing that a `SqlClient` has.
+      new Proxy(client, {
+        has: (target, key) => key !== PgClient.TypeId && key in target,
+        get: (target, key) => key === PgClient.TypeId || key === "config" ? undefined : Reflect.get(target, key)
+      }) as SqlClient.SqlClient)
+  ).pipe(Layer.provide(clientLayer({ applicationName: "polling", ...pool })))
+
+/** One more queue on the {@link TestDatabase} that works by polling alone. */
+export const pollingQueueLayer = (pool?: Omit<PgClient.PgPoolConfig, "url">) =>
+  Layer.fresh(JobQueue.layer().pipe(Layer.provideMerge(pollingClient(pool))))
+
+/** Runs the body of a test on a queue of its own that works by polling alone. */
+export const withPolling = <A, E, R>(
+  body: Effect.Effect<A, E, R>,
+  pool?: Omit<PgClient.PgPoolConfig, "url">
+) => Effect.scoped(body).pipe(Effect.provide(Layer.provideMerge(pollingQueueLayer(pool), databaseWithLedger())))
 
 /** Runs the body of a test on a queue of its own. Workers that are built in its scope end before the queue does. */
 export const withQueue = <A, E, R>(body: Effect.Effect<A, E, R>, options: QueueOptions = {}) =>

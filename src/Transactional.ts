@@ -1,0 +1,97 @@
+/**
+ * The run of a transactional handler: what it writes and its settlement commit together, or not at all.
+ *
+ * @since 0.1.0
+ */
+import * as Effect from "effect/Effect"
+import type * as Current from "./Current.ts"
+import * as Database from "./Database.ts"
+import type * as Run from "./Run.ts"
+import type * as Settlement from "./Settlement.ts"
+import type * as Store from "./Store.ts"
+
+/**
+ * Runs a handler in a transaction of the queue's client in which it is settled, too. `complete` makes the settlement, or
+ * fails with why it cannot be made.
+ */
+export type Transactional = (
+  running: Run.Running,
+  handler: Effect.Effect<Current.Ended, Current.Unhandled>,
+  complete: (value: unknown) => Effect.Effect<Settlement.Entry, string>
+) => Effect.Effect<Current.Ended, Current.Unhandled>
+
+/** A typed failure of the handler, apart from those of the transaction around it. */
+class HandlerFailed {
+  readonly error: Current.Unhandled
+  constructor(error: Current.Unhandled) {
+    this.error = error
+  }
+}
+
+/** How long to wait for somebody who has locked the job's row, in milliseconds. */
+const busyPause = 50
+
+/**
+ * Makes the runner of transactional handlers.
+ */
+export const make = (options: {
+  readonly database: Database.Database
+  readonly store: Store.Store
+  readonly worker: () => string
+  /** Milliseconds. */
+  readonly lease: number
+  /** Gives the job a lease of its own; `false` when it is no longer this worker's. */
+  readonly detach: (running: Run.Running) => Effect.Effect<boolean>
+}): Transactional =>
+(running, handler, complete) => {
+  const { database, store } = options
+
+  const lost = Effect.suspend(() => {
+    running.interruption ??= "lost"
+    return Effect.interrupt
+  })
+
+  /** The last statement before the commit: it holds if the job is still in its lease, and locks the lease until then. */
+  const settle = (entry: Settlement.Entry): Effect.Effect<void, unknown> =>
+    Effect.flatMap(store.settleHere(options.worker(), entry), ([answer]) => {
+      switch (answer?.state) {
+        case "gone":
+          return lost
+        case "busy":
+          return Effect.andThen(Effect.sleep(busyPause), settle(entry))
+        default:
+          // Only when it has committed: until then nothing has been settled.
+          return database.app.afterCommit(Effect.sync(() => {
+            running.settled = { entry, answer }
+          }))
+      }
+    })
+
+  let stopped = false
+  const transaction = Database.transaction(
+    database.app,
+    Effect.gen(function*() {
+      // A process that freezes must not keep its locks: after the lease others run the job, and would wait for them.
+      yield* store.boundIdle(Math.max(options.lease, running.row.timeout_ms ?? 0))
+      // Its scope closes inside: finalizers may use the transaction.
+      const value = yield* Effect.scoped(Effect.mapError(handler, (error) => new HandlerFailed(error)))
+      yield* settle(yield* Effect.catch(complete(value), (message) => Effect.die(new Error(message))))
+      return value
+    }).pipe(Effect.onInterrupt(() =>
+      Effect.sync(() => {
+        stopped = true
+      })
+    ))
+  ).pipe(
+    Effect.catch((error) => {
+      if (error instanceof HandlerFailed) return Effect.fail(error.error)
+      // A rollback on a connection that is gone hides that the run had been told to stop.
+      if (stopped) return Effect.interrupt
+      // What fails around the handler is no error of its type. Whether a commit whose answer was lost has taken place, the
+      // lease tells: if it has, the attempt that is now reported as failed is no longer in it, and changes nothing.
+      return Effect.die(error)
+    })
+  )
+
+  return Effect.flatMap(options.detach(running), (mine) => mine ? transaction : lost)
+}
