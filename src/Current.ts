@@ -79,8 +79,8 @@ const stop = (intent: Intent): Effect.Effect<never, never, Current> =>
  * **Details**
  *
  * The value is written at once, outside any transaction of the handler, and kept with the job, through retries and with
- * its end. Each call is a small write: say it every second or so, not for every row. When the database cannot be reached
- * for five seconds, or the job has gone to another worker, nothing is written and the handler goes on.
+ * its end. Each call is a small write: say it every second or so, not for every row. When the database does not
+ * answer for five seconds the handler goes on without; when the job has gone to another worker, nothing is written.
  *
  * **Gotchas**
  *
