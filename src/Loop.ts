@@ -127,7 +127,7 @@ export const start = Effect.fnUntraced(function*(options: {
     if (answer?.state === "done" && answer.status === null && running !== undefined) {
       wakeup.mark(running.queue, entry.delay ?? 0)
     }
-    if (answer?.awaited === true && answer.status !== null) wakeup.tell("end", entry.id)
+    if (answer?.awaited === true && answer.status !== null) wakeup.tellHere("end", entry.id)
   }
 
   const liveness: Liveness.Liveness = yield* Liveness.make({
@@ -257,7 +257,11 @@ export const start = Effect.fnUntraced(function*(options: {
       if (entry.verb === "completed") counts.completed++
       else if (entry.verb === "failed" || entry.verb === "discarded") counts.failed++
       if (running.settled === undefined) settler.push(entry)
-      else settled(entry, running.settled.answer)
+      else {
+        settled(entry, running.settled.answer)
+        // A handler's own transaction tells nobody.
+        if (running.settled.answer?.awaited === true) wakeup.tell("end", entry.id)
+      }
       fill(line)
       signal(line.queue)
     })

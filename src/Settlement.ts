@@ -49,8 +49,11 @@ export interface Answer {
   readonly awaited: boolean
 }
 
-/** The parameters of `settle`. An entry counts once, whatever the buffer held. */
-export const columnsOf = (worker: string, entries: ReadonlyArray<Entry>): Array<unknown> => {
+/**
+ * The parameters of `settle`. An entry counts once, whatever the buffer held. On `channel` is announced who has ended and is
+ * waited for.
+ */
+export const columnsOf = (worker: string, entries: ReadonlyArray<Entry>, channel = ""): Array<unknown> => {
   const once = [...new Map(entries.map((entry) => [entry.lease + entry.id, entry])).values()]
   return [
     once.map((entry) => entry.lease),
@@ -63,7 +66,8 @@ export const columnsOf = (worker: string, entries: ReadonlyArray<Entry>): Array<
     once.map((entry) => entry.failure?.message ?? ""),
     once.map((entry) => entry.failure?.error ?? ""),
     once.map((entry) => String(Math.max(0, entry.ran))),
-    worker
+    worker,
+    channel
   ]
 }
 
@@ -165,7 +169,11 @@ export const statements = (s: string) => {
     ), out_of_lease as materialized (
       select lease, id from decided union all select lease, id from missing where not busy
     ), ${writes("$11::uuid", "lease")}
-    select lease::text as lease, id::text as id, 'done' as state, status, awaited from decided where verb <> 'completed' or awaited
+    -- Announced at the commit, so that whoever waits is spared a round trip; rare enough for the lock that NOTIFY takes.
+    select lease::text as lease, id::text as id, 'done' as state, status,
+      case when awaited and status is not null and $12::text <> '' then pg_catalog.pg_notify($12::text, 'end ' || id)::text is not null
+        else awaited end as awaited
+    from decided where verb <> 'completed' or awaited
     union all select lease::text, id::text, case when busy then 'busy' else 'gone' end, null, false from missing
     union all select lease::text, id::text, 'gone', null, false from checked where not mine`
 

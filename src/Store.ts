@@ -138,6 +138,8 @@ export const make = (db: Database.Database, schema: string) => {
   const s = Database.quoteSchema(schema)
   const insertion = Insertion.statements(s)
   const settlement = Settlement.statements(s)
+  // Without LISTEN nobody hears it.
+  const channel = db.connect === undefined ? "" : Database.channelOf(schema)
   const intervention = Intervention.make(db, s)
   const upkeep = Upkeep.make(db, s)
 
@@ -338,13 +340,14 @@ export const make = (db: Database.Database, schema: string) => {
       ]),
 
     /**
-     * Settles jobs under the fence: only those that are still in their lease. At most about 1 000 a statement.
+     * Settles jobs under the fence: only those that are still in their lease. At most about 1 000 a statement. The end of
+     * those that somebody waits for is announced with the commit.
      */
     settle: (
       worker: string,
       entries: ReadonlyArray<Settlement.Entry>
     ): Effect.Effect<ReadonlyArray<Settlement.Answer>, SqlError> =>
-      rows(settlement.settle, Settlement.columnsOf(worker, entries)),
+      rows(settlement.settle, Settlement.columnsOf(worker, entries, channel)),
 
     /**
      * Settles one job in the application's transaction. See `settle`.

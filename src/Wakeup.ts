@@ -40,6 +40,8 @@ export interface Wakeup {
   readonly mark: (queue: string, delay: number) => void
   /** Announces that something has happened to a job that somebody has to know of. Returns at once and never fails. */
   readonly tell: (news: News, job: string) => void
+  /** The same for this process alone: the others have been told. */
+  readonly tellHere: (news: News, job: string) => void
   /** Registers a listener of this process until the scope closes. */
   readonly subscribe: (listener: Listener) => Effect.Effect<void, never, Scope.Scope>
   /** Begins to hear the other processes, once for all listeners of this one; reconnects for ever. */
@@ -78,7 +80,7 @@ export const make = Effect.fnUntraced(function*(db: Database.Database, schema: s
     pending.openUnsafe()
   }
 
-  const pass = (news: string, job: string): void => {
+  const tellHere = (news: News, job: string): void => {
     for (const listener of listeners) {
       if (news === "cancel") listener.onCancel(job)
       else listener.onEnd(job)
@@ -86,7 +88,7 @@ export const make = Effect.fnUntraced(function*(db: Database.Database, schema: s
   }
 
   const tell = (news: News, job: string): void => {
-    pass(news, job)
+    tellHere(news, job)
     told.add(`${news} ${job}`)
     silent.closeUnsafe()
     pending.openUnsafe()
@@ -140,7 +142,8 @@ export const make = Effect.fnUntraced(function*(db: Database.Database, schema: s
   const hear = (payload: string): void => {
     // Anybody may NOTIFY: whatever does not parse means no more than "look", and no news is believed without a look.
     const news = /^(cancel|end) ([0-9a-f-]{36})$/.exec(payload)
-    if (news !== null) return pass(news[1]!, news[2]!)
+    // Sound: the words of the pattern.
+    if (news !== null) return tellHere(news[1] as News, news[2]!)
     const found = /^(\d{1,7}) (.+)$/s.exec(payload)
     for (const listener of listeners) {
       if (found === null) listener.onDue(undefined, 0)
@@ -178,6 +181,7 @@ export const make = Effect.fnUntraced(function*(db: Database.Database, schema: s
   const wakeup: Wakeup = {
     mark,
     tell,
+    tellHere,
     listen: Effect.asVoid(wanted.open),
     subscribe: (listener) =>
       Effect.acquireRelease(

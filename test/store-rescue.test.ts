@@ -63,7 +63,13 @@ layer(Storage.layer, { excludeTestServices: true })("rescue", (it) => {
         held.slice(0, 10).flatMap(({ ids }) => ids)
       ])
       for (const { worker } of held) yield* bury(worker)
-      const deaf: Wakeup.Wakeup = { mark: () => {}, tell: () => {}, subscribe: () => Effect.void, listen: Effect.never }
+      const deaf: Wakeup.Wakeup = {
+        mark: () => {},
+        tell: () => {},
+        tellHere: () => {},
+        subscribe: () => Effect.void,
+        listen: Effect.never
+      }
       assert.strictEqual(yield* Maintenance.rescueOnce(store, deaf), 1)
       assert.deepInclude(yield* stateOf(held[10]!.ids[0]!), { place: "ready", rescued: 1 })
       yield* stranger.query("commit")
