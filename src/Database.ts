@@ -147,18 +147,6 @@ export const transaction = <A, E, R>(
   )
 
 /**
- * Runs an effect in a transaction of a client that does not wait for somebody's open one without end: 5 s a lock.
- */
-export const impatiently = <A, E, R>(
-  client: SqlClient.SqlClient,
-  self: Effect.Effect<A, E, R>
-): Effect.Effect<A, E | SqlError, R> =>
-  transaction(
-    client,
-    Effect.andThen(client.unsafe("select pg_catalog.set_config('lock_timeout', '5000', true) as bound"), self)
-  )
-
-/**
  * Runs one statement in the application's transaction. Unprepared: its sessions may keep a plan that was made while a
  * table was empty.
  */

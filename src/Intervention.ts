@@ -193,13 +193,22 @@ const statements = (s: string) => {
 }
 
 /**
+ * Runs an effect in a transaction of the queue's own that does not wait for somebody's open one without end: 5 s a lock.
+ */
+export const impatiently = <A>(db: Database.Database, self: Effect.Effect<A, SqlError>): Effect.Effect<A, SqlError> =>
+  Database.transaction(
+    db.own,
+    Effect.andThen(db.own.unsafe("select set_config('lock_timeout', '5000', true) as bound"), self)
+  )
+
+/**
  * Builds the verbs of people for one quoted schema. Those that take `inUserTransaction` are then part of the transaction
  * that is open.
  */
 export const make = (db: Database.Database, s: string) => {
   const texts = statements(s)
   const together = <A>(inUserTransaction: boolean, self: Effect.Effect<A, SqlError>) =>
-    inUserTransaction ? self : Database.impatiently(db.own, self)
+    inUserTransaction ? self : impatiently(db, self)
   const run = (inUserTransaction: boolean, text: string, params: ReadonlyArray<unknown>) =>
     (inUserTransaction ? db.app : db.own).unsafe<any>(text, params).unprepared
   const read = (inUserTransaction: boolean, text: string, params: ReadonlyArray<unknown>) =>

@@ -6,7 +6,6 @@
 import * as Cause from "effect/Cause"
 import * as Clock from "effect/Clock"
 import type * as Context from "effect/Context"
-import { SecureRandom } from "effect/crypto"
 import * as Deferred from "effect/Deferred"
 import * as Effect from "effect/Effect"
 import * as Latch from "effect/Latch"
@@ -15,6 +14,7 @@ import * as Bounded from "./Bounded.ts"
 import * as Database from "./Database.ts"
 import * as Episode from "./Episode.ts"
 import type * as Job from "./Job.ts"
+import * as Leases from "./Leases.ts"
 import * as Line from "./Line.ts"
 import * as Liveness from "./Liveness.ts"
 import * as Maintenance from "./Maintenance.ts"
@@ -44,12 +44,6 @@ interface Claimed {
   readonly sweep: boolean
   /** When it was sent, by this process's monotonic clock. */
   readonly sentAt: number
-}
-
-/** A lease this process knows of: `confirmed` when the answer to its claim has arrived. */
-interface Lease {
-  confirmed: boolean
-  readonly jobs: Map<string, Run.Running>
 }
 
 /** A claim on a dead link never answers; after this the lease counts as unknown and is handed back when found. */
@@ -93,7 +87,11 @@ export const start = Effect.fnUntraced(function*(options: {
   const signal = (queue: string): void => void signals.get(queue)?.openUnsafe()
   const signalAll = (): void => signals.forEach((latch) => latch.openUnsafe())
 
-  const leases = new Map<string, Lease>()
+  /** Whether a statement on the leases took effect is unknown: nothing starts until they have been compared. */
+  const onFailed = (error: unknown): void => {
+    if (error instanceof Bounded.TimedOut || Database.isConnectionLoss(error)) liveness.doubt()
+  }
+  const leases = Leases.make({ store, bound: claimBound, onFailed })
   /** Handlers that have started and not ended, of whatever lease. */
   const runs = new Set<Run.Running>()
   const counts = { completed: 0, failed: 0 }
@@ -119,10 +117,7 @@ export const start = Effect.fnUntraced(function*(options: {
   })
 
   function settled(entry: Settlement.Entry, answer: Settlement.Answer | undefined): void {
-    const lease = leases.get(entry.lease)
-    const running = lease?.jobs.get(entry.id)
-    lease?.jobs.delete(entry.id)
-    if (lease?.jobs.size === 0) leases.delete(entry.lease)
+    const running = leases.settled(entry.lease, entry.id)
     // Back in line: this process and the others know when to look.
     if (answer?.state === "done" && answer.status === null && running !== undefined) {
       wakeup.mark(running.queue, entry.delay ?? 0)
@@ -141,20 +136,15 @@ export const start = Effect.fnUntraced(function*(options: {
     },
     lease: options.lease,
     beat: options.heartbeat,
-    leases: () => leases,
+    leases: () => leases.all,
     onLost: (gone, unheard) => {
-      for (const id of gone ?? [...leases.keys()]) {
-        for (const running of leases.get(id)?.jobs.values() ?? []) interrupt(running, unheard ? "unheard" : "lost")
-        if (gone !== undefined) leases.delete(id)
+      for (const id of gone ?? [...leases.all.keys()]) {
+        for (const running of leases.all.get(id)?.jobs.values() ?? []) interrupt(running, unheard ? "unheard" : "lost")
+        if (gone !== undefined) leases.forget(id)
       }
     },
     onCancelled: (ids) => {
-      for (const lease of leases.values()) {
-        for (const id of ids) {
-          const running = lease.jobs.get(id)
-          if (running !== undefined) interrupt(running, "cancelled")
-        }
-      }
+      for (const running of ids.flatMap(leases.find)) interrupt(running, "cancelled")
     },
     onAlive: () => {
       lines.forEach(fill)
@@ -170,37 +160,9 @@ export const start = Effect.fnUntraced(function*(options: {
   // Run
   // ---------------------------------------------------------------------------
 
-  /**
-   * Gives a job a lease of its own. Whatever becomes of it unanswered: in the old lease the run is handed back, and a new
-   * one that nobody knows is found by the next heartbeats.
-   */
-  const detach = (running: Run.Running): Effect.Effect<boolean> =>
-    Effect.gen(function*() {
-      const from = leases.get(running.lease)
-      if (from?.jobs.size === 1) return true
-      const id = SecureRandom.uuidV7Unsafe()
-      const own: Lease = { confirmed: false, jobs: new Map([[running.row.id, running]]) }
-      leases.set(id, own)
-      const done = yield* Bounded.bounded(store.detach(running.lease, running.row.id, id), claimBound).pipe(
-        Effect.catch((error) => {
-          if (error instanceof Bounded.TimedOut || Database.isConnectionLoss(error)) liveness.doubt()
-          return Effect.succeed("gone" as const)
-        }),
-        Effect.onInterrupt(() => Effect.sync(() => leases.delete(id)))
-      )
-      if (done !== "moved") {
-        leases.delete(id)
-        return done === "alone"
-      }
-      from?.jobs.delete(running.row.id)
-      running.lease = id
-      own.confirmed = true
-      return true
-    })
-
   const run = Run.make({
     ...options,
-    transactional: Transactional.make({ ...options, worker: () => liveness.id(), detach }),
+    transactional: Transactional.make({ ...options, worker: () => liveness.id(), detach: leases.detach }),
     progress: (running, value) =>
       Effect.catchCause(
         Bounded.bounded(store.progress(running.lease, running.row.id, value), progressBound),
@@ -272,17 +234,15 @@ export const start = Effect.fnUntraced(function*(options: {
   // ---------------------------------------------------------------------------
 
   const claimHere = Effect.fnUntraced(function*(line: Line.Line, limit: number) {
-    const id = SecureRandom.uuidV7Unsafe()
     const worker = liveness.id()
-    const lease: Lease = { confirmed: false, jobs: new Map() }
+    const lease = leases.open()
     const startedAt = now()
     const sweep = Line.sweeps(line, startedAt)
     startable -= limit
-    leases.set(id, lease)
     const rows = yield* Bounded.bounded(
       store.claim({
         worker,
-        lease: id,
+        lease: lease.id,
         queue: line.queue,
         // At most one suspect runs in a process: a job that kills its worker must not take a whole lease along.
         lanes: Line.lanes(line, sweep, suspects === 0),
@@ -294,19 +254,18 @@ export const start = Effect.fnUntraced(function*(options: {
     ).pipe(Effect.tapCause((cause) =>
       Effect.sync(() => {
         // Whether it took effect is unknown: if it did, the next comparison finds a lease that nobody knows.
-        leases.delete(id)
+        leases.forget(lease.id)
         startable += limit
-        const error = cause.reasons.find(Cause.isFailReason)?.error
-        if (error instanceof Bounded.TimedOut || Database.isConnectionLoss(error)) liveness.doubt()
+        onFailed(cause.reasons.find(Cause.isFailReason)?.error)
       })
     ))
     const claimedAt = now()
     Line.claimed(line, rows, { sweep, startedAt, now: claimedAt })
-    if (rows.length === 0) leases.delete(id)
+    if (rows.length === 0) leases.forget(lease.id)
     lease.confirmed = true
     const jobs = rows.map((row): Run.Running => ({
       row,
-      lease: id,
+      lease: lease.id,
       queue: line.queue,
       claimedAt,
       fiber: undefined,
@@ -396,7 +355,7 @@ export const start = Effect.fnUntraced(function*(options: {
     onLost: liveness.doubt,
     // Only a hint, which anybody can give: the heartbeat brings the marks of the jobs that are this worker's.
     onCancel: (id) => {
-      if ([...leases.values()].some(({ jobs }) => jobs.has(id))) liveness.hurry()
+      if (leases.find(id).length > 0) liveness.hurry()
       else if (claiming > 0 && cancelling.size < mostCancelling) cancelling.add(id)
     }
   })
@@ -472,7 +431,7 @@ export const start = Effect.fnUntraced(function*(options: {
       Deferred.await(hopeless),
       Effect.gen(function*() {
         const ended = () =>
-          leases.size === 0 && settler.size() === 0 &&
+          leases.all.size === 0 && settler.size() === 0 &&
           (startable <= 0 || (unparked && timekeeper.allDry() && liveness.alive()))
         while (!ended()) yield* Effect.sleep(5)
       })

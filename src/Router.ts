@@ -4,6 +4,7 @@
  * @since 0.1.0
  */
 import type * as Context from "effect/Context"
+import type * as Definition from "./Definition.ts"
 import type * as Job from "./Job.ts"
 import * as Run from "./Run.ts"
 
@@ -39,7 +40,7 @@ export const make = (jobs: ReadonlyArray<Job.Any>, context: Context.Context<neve
   for (const job of jobs) {
     const { definition } = job["~effect-pgqueue/Job"]
     // Sound: the layer's type requires this very key for every listed job.
-    const registered = context.mapUnsafe.get(definition.key.key) as Job.Registered
+    const registered = context.mapUnsafe.get(definition.key.key) as Definition.Registered
     const handling = Run.handling(definition, registered)
     if (registered.transactional) transactional.push({ name: definition.name, context: registered.context })
     for (const name of [definition.name, ...definition.aliases]) {

@@ -15,6 +15,7 @@ import * as References from "effect/References"
 import * as Schema from "effect/Schema"
 import * as Tracer from "effect/Tracer"
 import * as Current from "./Current.ts"
+import type * as Definition from "./Definition.ts"
 import { jsonText } from "./Enqueue.ts"
 import type * as Job from "./Job.ts"
 import { maxPayloadBytes } from "./Migrations.ts"
@@ -43,8 +44,8 @@ export interface Running {
 
 /** A handler ready to run: its codecs are made once. */
 export interface Handling {
-  readonly definition: Job.Definition
-  readonly registered: Job.Registered
+  readonly definition: Definition.Definition
+  readonly registered: Definition.Registered
   readonly decode: Codec
   readonly encodeSuccess: Codec
   readonly encodeError: Codec
@@ -55,7 +56,7 @@ type Handler = (payload: unknown) => Effect.Effect<Current.Ended, Current.Unhand
 type Codec = (value: unknown) => Effect.Effect<unknown, Schema.SchemaError>
 
 /** Prepares a definition and its registered handler. */
-export const handling = (definition: Job.Definition, registered: Job.Registered): Handling => ({
+export const handling = (definition: Definition.Definition, registered: Definition.Registered): Handling => ({
   definition,
   registered,
   // Sound: the services of these codecs are requirements of the handler's layer, whose context every run is given.

@@ -6,6 +6,7 @@
 import * as Effect from "effect/Effect"
 import type { SqlError } from "effect/sql/SqlError"
 import * as Database from "./Database.ts"
+import { impatiently } from "./Intervention.ts"
 
 /** The first lane of parked jobs: those of kinds that no live worker lists wait in 200 + priority. */
 const parkedLane = 200
@@ -169,8 +170,8 @@ export const make = (db: Database.Database, s: string) => {
     repair: (
       ids: ReadonlyArray<string>
     ): Effect.Effect<{ readonly repaired: ReadonlyArray<string>; readonly queues: ReadonlyArray<string> }, SqlError> =>
-      Database.impatiently(
-        db.own,
+      impatiently(
+        db,
         Effect.flatMap(run(texts.lockMisplaced, [ids]), (locked) =>
           Effect.map(
             run(texts.repair, [locked.map((row) => row.id)]),

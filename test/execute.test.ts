@@ -2,7 +2,7 @@
 import { assert, describe, it } from "@effect/vitest"
 import { Cause, Deferred, Duration, Effect, Exit, Fiber, Layer, Option, Schedule, Schema } from "effect"
 import { SqlClient } from "effect/sql"
-import { Admin, Job, JobQueue, Worker } from "../src/index.ts"
+import { Admin, Job, type JobQueue, Worker } from "../src/index.ts"
 import {
   pollingQueueLayer,
   queueLayer,

@@ -1,6 +1,6 @@
 /** What a handler says of its job while it runs. */
 import { assert, describe, it } from "@effect/vitest"
-import { Deferred, Effect, Layer, Option, Schedule, Schema } from "effect"
+import { Deferred, Effect, Layer, Option, Schedule, type Schema } from "effect"
 import { SqlClient } from "effect/sql"
 import { Admin, Job, Worker } from "../src/index.ts"
 import { assertRows, rows, running, until, untilAllEnded, withQueue } from "./support/queue.ts"

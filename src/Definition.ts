@@ -1,0 +1,226 @@
+/**
+ * What a definition does: encodes and enqueues payloads, reads results, registers handlers. Its types are those of `Job`.
+ *
+ * @since 0.1.0
+ */
+import * as Context from "effect/Context"
+import type * as Duration from "effect/Duration"
+import * as Effect from "effect/Effect"
+import * as Exit from "effect/Exit"
+import * as Layer from "effect/Layer"
+import * as Option from "effect/Option"
+import * as Schema from "effect/Schema"
+import { ExecuteError } from "./Awaiting.ts"
+import type { Ended, Unhandled } from "./Current.ts"
+import * as Enqueue from "./Enqueue.ts"
+import { JobQueue } from "./JobQueue.ts"
+import type { Retry } from "./RetryPolicy.ts"
+import type * as Store from "./Store.ts"
+
+/** Where a definition keeps what is not for everybody. */
+export const TypeId = "~effect-pgqueue/Job"
+
+/** The fields of a struct. */
+export type Fields = Schema.Struct.Fields
+
+/** The schema that an option stands for. */
+export type AsSchema<P> = P extends Schema.Top ? P : P extends Fields ? Schema.Struct<P> : never
+
+/**
+ * The options of a definition.
+ *
+ * @category models
+ * @since 0.1.0
+ */
+export interface Options<P, A extends Schema.Top, E extends Schema.Top, Q extends string> {
+  /** A schema, or the fields of a struct. Default `Schema.Void`. */
+  readonly payload?: P | undefined
+  /** The schema of the result, which is kept with the finished job. Default `Schema.Void`. */
+  readonly success?: A | undefined
+  /** The schema of the typed errors. Default `Schema.Never`. */
+  readonly error?: E | undefined
+  /** The line its jobs stand in. Default `"default"`. */
+  readonly queue?: Q | undefined
+  /** Default `"normal"`. */
+  readonly priority?: Enqueue.Priority | undefined
+  /** How many attempts may fail before the job is discarded: 1 to 1 000. Default 5. */
+  readonly maxAttempts?: number | undefined
+  /** How long one attempt may run. Default: no limit. */
+  readonly timeout?: Duration.Input | undefined
+  /** When a failed attempt is followed by another. Default {@link defaultSchedule}. */
+  readonly retry?: Retry<E["Type"]> | undefined
+  /** A uniqueness rule for every enqueue. Default: none. */
+  readonly unique?: ((payload: AsSchema<P>["Type"]) => string | Enqueue.Unique | undefined) | undefined
+  /** Former names of this kind; their jobs are handled as this one's. */
+  readonly aliases?: ReadonlyArray<string> | undefined
+}
+
+/** What a worker reads of a definition. @internal */
+export interface Definition {
+  /** The kind, or the prefix of a family. */
+  readonly name: string
+  readonly family: boolean
+  readonly aliases: ReadonlyArray<string>
+  readonly retry: Retry<unknown> | undefined
+  readonly payloadSchema: Schema.Top
+  readonly successSchema: Schema.Top
+  readonly errorSchema: Schema.Top
+  readonly key: Context.Key<unknown, Registered>
+}
+
+/** What the layer of a handler provides: the function, and the context that its layer was built in. @internal */
+export interface Registered {
+  readonly run: (payload: unknown, kind: string) => Effect.Effect<Ended, Unhandled>
+  readonly context: Context.Context<never>
+  readonly transactional: boolean
+}
+
+/**
+ * The options of a handler.
+ *
+ * @category models
+ * @since 0.1.0
+ */
+export interface HandlerOptions {
+  /**
+   * Runs the handler in a transaction of the queue's `SqlClient` in which the job is settled, too: what it writes and its
+   * end commit together, or not at all. Default `false`.
+   *
+   * The transaction is READ COMMITTED, is rolled back when the handler fails, is stopped or has lost its job, and may be
+   * idle between two statements for the worker's lease time, or the job's `timeout` if that is longer. It holds one
+   * connection of the application's pool for as long as the handler runs.
+   */
+  readonly transactional?: boolean | undefined
+}
+
+/**
+ * Builds what a definition is at run time: the members of `Job.Job`, untyped.
+ */
+export const make = (
+  name: string,
+  isFamily: boolean,
+  options: Options<Fields | Schema.Top, Schema.Top, Schema.Top, string>
+) => {
+  const payloadSchema: Schema.Top = options.payload === undefined
+    ? Schema.Void
+    : Schema.isSchema(options.payload)
+    // Sound: the bound of P leaves only schemas and fields.
+    ? options.payload as Schema.Top
+    : Schema.Struct(options.payload as Fields)
+  const defaults: Enqueue.Defaults = {
+    queue: options.queue ?? "default",
+    priority: options.priority ?? "normal",
+    maxAttempts: options.maxAttempts ?? 5,
+    timeout: options.timeout,
+    // Sound: it is called with a payload of this definition only.
+    unique: options.unique as Enqueue.Defaults["unique"]
+  }
+  const definition: Definition = {
+    name,
+    family: isFamily,
+    aliases: options.aliases ?? [],
+    retry: options.retry as Retry<unknown> | undefined,
+    payloadSchema,
+    successSchema: options.success ?? Schema.Void,
+    errorSchema: options.error ?? Schema.Never,
+    key: Context.Service<unknown, Registered>(`effect-pgqueue/Job/Handler/${isFamily ? "*" : "="}${name}`)
+  }
+  const encode = Schema.encodeEffect(Schema.toCodecJson(payloadSchema))
+  // What may be left out is `undefined` where the schema takes that, as Void does, and no fields otherwise.
+  const takesUndefined = Schema.is(payloadSchema)(undefined)
+  const resolve = (
+    payload: unknown,
+    own: Enqueue.EnqueueOptions | ((payload: unknown) => Enqueue.EnqueueOptions)
+  ) =>
+    Enqueue.resolve(
+      name,
+      payloadSchema,
+      encode,
+      defaults,
+      payload === undefined && !takesUndefined ? {} : payload,
+      own
+    )
+
+  const decodeSuccess = Schema.decodeUnknownEffect(Schema.toCodecJson(definition.successSchema))
+  const decodeError = Schema.decodeUnknownEffect(Schema.toCodecJson(definition.errorSchema))
+  /** What the end of a job is to whoever waits for it. */
+  const resultOf = (end: Store.EndRow): Effect.Effect<unknown, unknown, unknown> => {
+    if (end.status === "completed") {
+      return Effect.orDie(Effect.suspend(() => decodeSuccess(JSON.parse(end.result ?? "null"))))
+    }
+    // Sound: what settle wrote.
+    const error = end.error === null ? null : JSON.parse(end.error) as Omit<Store.AttemptRow, "n" | "at">
+    const ended = new ExecuteError({
+      id: end.id,
+      reason: end.status === "cancelled" ? "Cancelled" : "Discarded",
+      message: end.reason ?? error?.message ?? ""
+    })
+    if (end.status === "cancelled" || error?.tag !== "Failed") return Effect.fail(ended)
+    // An error that no longer fits its schema is a job that was discarded, no more.
+    return Effect.matchCauseEffect(decodeError(error.error), {
+      onFailure: () => Effect.fail(ended),
+      onSuccess: (typed) => Effect.fail(typed)
+    })
+  }
+
+  // oxlint-disable-next-line typescript/no-extraneous-class -- a definition is a class to extend, with statics only
+  return Object.assign(class {}, {
+    [TypeId]: { definition },
+    _tag: name,
+    queue: defaults.queue,
+    payloadSchema,
+    successSchema: definition.successSchema,
+    errorSchema: definition.errorSchema,
+    enqueue: (payload: unknown, own?: Enqueue.EnqueueOptions) =>
+      Effect.flatMap(JobQueue, (queue) => queue.enqueue(resolve(payload, own ?? {}))),
+    enqueueAll: (
+      payloads: Iterable<unknown>,
+      own?: Enqueue.EnqueueOptions | ((payload: unknown, index: number) => Enqueue.EnqueueOptions)
+    ) =>
+      Effect.flatMap(
+        JobQueue,
+        (queue) =>
+          queue.enqueueAll(Effect.forEach(payloads, (payload, index) =>
+            resolve(
+              payload,
+              typeof own === "function"
+                ? (made) => own(made, index)
+                : own ?? {}
+            )))
+      ),
+    execute: (
+      payload: unknown,
+      { wait, ...own }: Enqueue.EnqueueOptions & { readonly wait?: Duration.Input | undefined } = {}
+    ) =>
+      Effect.gen(function*() {
+        const millis = Enqueue.millisOf(wait)
+        if (Number.isNaN(millis) || millis! < 0) {
+          return yield* new Enqueue.EnqueueError({
+            kind: name,
+            reason: "InvalidOption",
+            message: "wait must be a duration"
+          })
+        }
+        const queue = yield* JobQueue
+        return yield* resultOf(yield* queue.execute(resolve(payload, own), millis))
+      }),
+    poll: (id: string) =>
+      Effect.gen(function*() {
+        const { store } = (yield* JobQueue).internal
+        const pruned = new ExecuteError({ id, reason: "Pruned", message: "there is no such job" })
+        if (!Enqueue.isJobId(id)) return Option.some(Exit.fail(pruned))
+        const [end] = yield* store.ends([id])
+        if (end === undefined) return Option.some(Exit.fail(pruned))
+        return end.status === "open" ? Option.none() : Option.some(yield* Effect.exit(resultOf(end)))
+      }),
+    toLayer: (run: Registered["run"], handlerOptions?: HandlerOptions) =>
+      Layer.effect(
+        definition.key,
+        Effect.map(Effect.context<never>(), (context): Registered => ({
+          run,
+          context,
+          transactional: handlerOptions?.transactional === true
+        }))
+      )
+  })
+}
