@@ -109,13 +109,17 @@ const stop = (intent: Intent): Effect.Effect<never, never, Current> =>
  * @since 0.1.0
  */
 export const progress = (value: Schema.Json): Effect.Effect<void, never, Current> =>
-  Effect.flatMap(Current, (info) =>
-    Effect.flatMap(
-      Effect.orDie(
-        Enqueue.jsonText(value, maxProgressBytes, () => (message) => new Error(`Job.progress: ${message}`), "the value")
-      ),
-      (text) => controls.get(info)?.progress(text) ?? Effect.void
-    ))
+  Effect.flatMap(
+    Current,
+    (info) =>
+      Effect.matchEffect(
+        Enqueue.jsonText(value, maxProgressBytes, () => (message) => message, "Job.progress: the value"),
+        {
+          onFailure: (message) => Effect.die(new Error(message)),
+          onSuccess: (text) => controls.get(info)?.progress(text) ?? Effect.void
+        }
+      )
+  )
 
 /**
  * Ends the job as `cancelled`, with a reason, and stops the run.

@@ -17,6 +17,8 @@ import {
 
 class Refused extends Schema.TaggedError<Refused>()("Refused", { code: Schema.Finite }) {}
 
+const epoch = new Date(0)
+
 class Answer extends Job.make("answer", {
   payload: { question: Schema.String },
   success: Schema.Struct({ at: Schema.Date, text: Schema.String }),
@@ -35,7 +37,7 @@ const AnswerHandler = Answer.toLayer(({ question }) => {
     case "discard":
       return Job.discard("a silly question")
     default:
-      return Effect.succeed({ at: new Date(0), text: `${question}!` })
+      return Effect.succeed({ at: epoch, text: `${question}!` })
   }
 })
 
@@ -51,7 +53,7 @@ describe("execute", () => {
   it.live("returns the typed result of a job that another process runs", () =>
     withQueue(Effect.gen(function*() {
       yield* answering
-      assert.deepStrictEqual(yield* Answer.execute({ question: "why" }), { at: new Date(0), text: "why!" })
+      assert.deepStrictEqual(yield* Answer.execute({ question: "why" }), { at: epoch, text: "why!" })
       // Well before it would look again by itself.
       const times = yield* Effect.forEach(
         Array.from({ length: 20 }),
@@ -129,7 +131,7 @@ describe("execute", () => {
         Worker.layer({ jobs: [Answer] }).pipe(Layer.provide(Answer.toLayer(() =>
           Effect.suspend(() => {
             const text = `run ${++runs}`
-            return Effect.as(Deferred.await(go), { at: new Date(0), text })
+            return Effect.as(Deferred.await(go), { at: epoch, text })
           })
         )))
       )
