@@ -1,10 +1,10 @@
 /** The types an application sees. The compiler is the test; what it must refuse is marked. */
 // What must not compile is marked for the compiler; Effect's own diagnostics need not say it again.
 // @effect-diagnostics missingEffectError:off missingEffectContext:off
-import { Context, DateTime, Effect, Layer, Schedule, Schema } from "effect"
+import { Context, DateTime, Effect, type Exit, Layer, type Option, Schedule, Schema } from "effect"
 import type { SqlClient, SqlError } from "effect/sql"
 import { describe, expectTypeOf, it } from "vitest"
-import { Job, JobQueue, type JobQueueError, Worker } from "../src/index.ts"
+import { Admin, Job, JobQueue, type JobQueueError, Worker } from "../src/index.ts"
 
 class Bounced extends Schema.TaggedError<Bounced>()("Bounced", { address: Schema.String }) {}
 class Down extends Schema.TaggedError<Down>()("Down", { code: Schema.Number }) {}
@@ -127,6 +127,43 @@ describe("enqueue", () => {
   })
 })
 
+describe("execute and poll", () => {
+  it("have the result and the error of the definition, and need what decodes them", () => {
+    expectTypeOf(SendEmail.execute({ to: "a", subject: "b" }, { wait: "1 minute", priority: "high" })).toEqualTypeOf<
+      Effect.Effect<string, Bounced | Job.ExecuteError | Job.EnqueueError | SqlError.SqlError, JobQueue>
+    >()
+    expectTypeOf(Ping.execute()).toEqualTypeOf<
+      Effect.Effect<void, Job.ExecuteError | Job.EnqueueError | SqlError.SqlError, JobQueue>
+    >()
+    const id = "" as Job.JobId
+    expectTypeOf(SendEmail.poll(id)).toEqualTypeOf<
+      Effect.Effect<Option.Option<Exit.Exit<string, Bounced | Job.ExecuteError>>, SqlError.SqlError, JobQueue>
+    >()
+    const Secret = Schema.String as unknown as Schema.Codec<string, string, Kms, Other>
+    class Sec extends Job.make("sec", { payload: { s: Secret }, success: Secret }) {}
+    expectTypeOf<Effect.Services<ReturnType<typeof Sec.execute>>>().toEqualTypeOf<JobQueue | Kms | Other>()
+    never(() => [
+      // @ts-expect-error a field is missing
+      SendEmail.execute({ to: "a" }),
+      // @ts-expect-error a plain string is no id of a job
+      SendEmail.poll("x")
+    ])
+  })
+})
+
+describe("people's tools", () => {
+  it("fail with Stale where they act", () => {
+    expectTypeOf(Admin.cancel("x", { reason: "y" })).toEqualTypeOf<
+      Effect.Effect<"cancelled" | "cancelling", Admin.Stale | SqlError.SqlError, JobQueue>
+    >()
+    expectTypeOf(Admin.retry("x")).toEqualTypeOf<Effect.Effect<void, Admin.Stale | SqlError.SqlError, JobQueue>>()
+    expectTypeOf(Admin.delete("x")).toEqualTypeOf<Effect.Effect<void, Admin.Stale | SqlError.SqlError, JobQueue>>()
+    expectTypeOf(Admin.redrive()).toEqualTypeOf<Effect.Effect<number, SqlError.SqlError, JobQueue>>()
+    expectTypeOf(Admin.get("x"))
+      .toEqualTypeOf<Effect.Effect<Option.Option<Admin.Details>, SqlError.SqlError, JobQueue>>()
+  })
+})
+
 describe("a handler", () => {
   it("has its requirements in its layer, without its job and its scope", () => {
     const SendEmailHandler = SendEmail.toLayer(
@@ -162,6 +199,23 @@ describe("a handler", () => {
       Ping.toLayer(() => Effect.fail("x")),
       SendEmail.toLayer(() => new Bounced({ address: "a" }))
     ])
+  })
+
+  it("may be transactional, which requires nothing more", () => {
+    expectTypeOf(Report.toLayer(() => Effect.void, { transactional: true }))
+      .toEqualTypeOf<Layer.Layer<Job.Handler<"report">>>()
+    expectTypeOf(Reports.toLayer((_payload, kind) => Effect.log(kind), { transactional: true }))
+      .toEqualTypeOf<Layer.Layer<Job.FamilyHandler<"report:">>>()
+    never(() => [
+      // @ts-expect-error no such option
+      Report.toLayer(() => Effect.void, { transaction: true })
+    ])
+  })
+
+  it("says how far it is with JSON, and nothing else", () => {
+    expectTypeOf(Job.progress({ done: 1, of: [null, "x"] })).toEqualTypeOf<Effect.Effect<void, never, Job.Current>>()
+    // @ts-expect-error not JSON
+    never(() => Job.progress(new Map()))
   })
 
   it("can be stopped from anywhere without widening anything", () => {
