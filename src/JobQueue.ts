@@ -228,16 +228,20 @@ const make = Effect.fnUntraced(function*(options: Options) {
     new Awaiting.ExecuteError({ id, reason, message })
 
   const waitFor = Effect.fnUntraced(function*(job: Store.NewJob, wait: number | undefined) {
+    const own = yield* awaiting.open(job.id)
     const { id, status } = yield* enqueue({ ...job, awaited: true })
-    // The worker that ends it is to say so, also when somebody else enqueued it.
+    // Somebody else's job: whoever ends it is to say so, and may have.
     if (status === "existing") yield* store.awaits(id)
-    const ended = awaiting.ended(id, status !== "inserted")
-    const end = yield* (wait === undefined ? ended : Effect.timeoutOrElse(ended, {
-      duration: wait,
-      orElse: () => Effect.fail(executeError(id, "WaitTimedOut", "the job has not ended in time; it goes on"))
-    }))
+    const { ended } = id === job.id ? own : yield* awaiting.open(id)
+    const end = yield* (wait === undefined ? ended(status !== "inserted") : Effect.timeoutOrElse(
+      ended(status !== "inserted"),
+      {
+        duration: wait,
+        orElse: () => Effect.fail(executeError(id, "WaitTimedOut", "the job has not ended in time; it goes on"))
+      }
+    ))
     return end ?? (yield* executeError(id, "Pruned", "the job is no longer there"))
-  })
+  }, Effect.scoped)
 
   return JobQueue.of({
     schema,
