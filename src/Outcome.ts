@@ -76,19 +76,16 @@ export const fromExit = <A, E>(
   }
 }
 
-/** The most text that is kept of an error. */
+/** The most text that is kept of an error, in bytes. */
 const maxText = 8192
 
 /**
  * Makes text fit to be stored: no NUL, well-formed, at most 8 KiB.
  */
 export const sanitize = (text: string): string => {
-  const clean = text.slice(0, maxText).replaceAll("\0", "�").toWellFormed()
-  const bytes = new TextEncoder().encode(clean)
-  // Cut at a character, not inside one: the decoder replaces what is left of a cut character, at most 3 bytes of it.
-  return bytes.length <= maxText
-    ? clean
-    : new TextDecoder().decode(bytes.subarray(0, maxText - 3)).replace(/\uFFFD+$/, "")
+  const clean = text.slice(0, maxText).replaceAll("\0", "\uFFFD").toWellFormed()
+  // As many whole characters as fit.
+  return clean.slice(0, new TextEncoder().encodeInto(clean, new Uint8Array(maxText)).read)
 }
 
 /**
