@@ -5,6 +5,8 @@
  */
 import * as Cause from "effect/Cause"
 import * as Exit from "effect/Exit"
+import * as Formatter from "effect/Formatter"
+import * as Redactable from "effect/Redactable"
 import type { Failure } from "./RetryPolicy.ts"
 
 /**
@@ -88,13 +90,112 @@ export const sanitize = (text: string): string => {
   return clean.slice(0, new TextEncoder().encodeInto(clean, new Uint8Array(maxText)).read)
 }
 
+/** The most links of a chain of causes, levels of an object, and interruptions that are described: more do not fit. */
+const maxDepth = 100
+
+const indescribable = "the error could not be described"
+
 /**
- * Describes a cause as text that a user can read. Never throws, whatever was thrown.
+ * Describes a cause as text that a user can read. Never throws, whatever was thrown, and is never empty.
+ *
+ * **Details**
+ *
+ * The text is that of `Cause.pretty`, as far as it is kept. What was thrown is the user's and of any size, so no more is
+ * looked at and copied than can be kept.
  */
 export const describe = (cause: Cause.Cause<unknown>): string => {
-  try {
-    return sanitize(Cause.pretty(cause))
-  } catch {
-    return "the error could not be described"
+  const errors = cause.reasons.filter((reason) => !Cause.isInterruptReason(reason))
+  if (errors.length === 0) return sanitize(pretty(() => cause.reasons.slice(0, maxDepth)) || indescribable)
+  const texts: Array<string> = []
+  for (let i = 0, length = 0; i < errors.length && length < maxText; i++) {
+    const reason = errors[i]!
+    const text = pretty(() => {
+      const thrown = excerpt(Cause.isFailReason(reason) ? reason.error : reason.defect, new Set(), 4 * maxText)
+      return [Cause.makeDieReason(thrown).annotate(Cause.reasonAnnotations(reason))]
+    })
+    length += text.length + 1
+    texts.push(text)
   }
+  return sanitize(texts.join("\n"))
+}
+
+const pretty = (reasons: () => ReadonlyArray<Cause.Reason<unknown>>): string => {
+  try {
+    return Cause.pretty(Cause.fromReasons(reasons()))
+  } catch {
+    return indescribable
+  }
+}
+
+/** What `Cause.pretty` looks at of something thrown, cut to what can be kept; `room` is for it and its causes. */
+const excerpt = (thrown: unknown, seen: Set<unknown>, room: number): unknown => {
+  if (typeof thrown === "string") return thrown.slice(0, maxText)
+  if (typeof thrown !== "object" || thrown === null) return thrown
+  seen.add(thrown)
+  const message = messageOf(thrown)
+  const ownName = read(thrown, "name")
+  const name = typeof ownName === "string" ? ownName.slice(0, maxText) : undefined
+  // It begins with name and message, and the first to read it copies them.
+  const stack = (name ?? "").length + message.length < maxText ? read(thrown, "stack") : undefined
+  const cause = read(thrown, "cause")
+  const left = room - message.length - (typeof stack === "string" ? stack.length : 0)
+  return {
+    message,
+    name,
+    stack: typeof stack === "string" ? stack.slice(0, 3 * maxText) : undefined,
+    cause: left > 0 && seen.size < maxDepth && !seen.has(cause) ? excerpt(cause, seen, left) : undefined
+  }
+}
+
+const messageOf = (thrown: object): string => {
+  const message = read(thrown, "message")
+  if (typeof message === "string") return message.slice(0, maxText)
+  try {
+    const print = read(thrown, "toString")
+    return typeof print === "function" && !printsNothing.has(print) && !ArrayBuffer.isView(thrown)
+      ? String(print.call(thrown)).slice(0, maxText)
+      : Formatter.formatJson(brief(thrown, { left: maxText }, []))
+  } catch {
+    return indescribable
+  }
+}
+
+const printsNothing: ReadonlySet<unknown> = new Set([Object.prototype.toString, Array.prototype.toString])
+
+const read = (thrown: object, property: string): unknown => {
+  try {
+    return (thrown as Record<string, unknown>)[property]
+  } catch {
+    return undefined
+  }
+}
+
+/** The first parts of a value, as JSON shows it. */
+const brief = (value: unknown, room: { left: number }, inside: ReadonlyArray<unknown>): unknown => {
+  room.left--
+  if (typeof value === "string") {
+    const text = value.slice(0, Math.max(0, room.left))
+    room.left -= text.length
+    return text
+  }
+  // What is redacted is left to the formatter.
+  if (typeof value !== "object" || value === null || Redactable.isRedactable(value)) return value
+  if (inside.includes(value)) return undefined
+  if (inside.length === maxDepth) return "…"
+  if (ArrayBuffer.isView(value)) return `${value.byteLength} bytes`
+  const within = [...inside, value]
+  const toJSON = read(value, "toJSON")
+  if (typeof toJSON === "function") return brief(toJSON.call(value), room, within)
+  if (Array.isArray(value)) {
+    const items: Array<unknown> = []
+    for (let i = 0; i < value.length && room.left > 0; i++) items.push(brief(value[i], room, within))
+    return items
+  }
+  const copy: Record<string, unknown> = {}
+  for (const key of Object.keys(value)) {
+    if (room.left <= 0) break
+    copy[key.slice(0, maxText)] = brief(read(value, key), room, within)
+    room.left -= key.length
+  }
+  return value instanceof Error ? { ...copy, name: value.name, message: brief(value.message, room, within) } : copy
 }
