@@ -1,6 +1,6 @@
 /** What every end of a run means, and the text that is kept of an error: the pure functions, row by row. */
 import { assert, describe, it } from "@effect/vitest"
-import { Cause, Effect, Exit, Redacted, Schema } from "effect"
+import { Cause, Effect, Exit, Redactable, Redacted, Schema } from "effect"
 import * as Outcome from "../src/Outcome.ts"
 
 class Boom extends Schema.TaggedError<Boom>()("Boom", { n: Schema.Number }) {}
@@ -273,7 +273,10 @@ describe("the text that is kept", () => {
   it("never shows what is redacted", () => {
     const secret = Redacted.make("hunter2")
     class Login extends Schema.TaggedError<Login>()("Login", { password: Schema.Redacted(Schema.String) }) {}
+    const login = { password: "hunter2", [Redactable.symbolRedactable]: () => "not for you" }
     const thrown = [
+      login,
+      { login },
       { secret },
       [[secret]],
       { nested: { secret } },
@@ -355,6 +358,11 @@ describe("the text that is kept", () => {
       "a chain of 100 000 causes",
       () => Cause.die(chain(100_000)),
       /^Error: link 99999\n[^]*\[cause\]: Error: link 99998\n/
+    ],
+    [
+      "a chain of 100 000 causes that say nothing",
+      () => Cause.die(many(100_000, () => "").reduce<object>((cause, message) => ({ message, cause }), {})),
+      /\[cause\]: /
     ],
     ["a chain of 100 000 long causes", () => Cause.die(chain(100_000, () => huge)), /^Error: {5}at f/],
     ["a chain of causes of lines", () => Cause.die(chain(10_000, () => "\n".repeat(5000))), /^Error: \n/],
