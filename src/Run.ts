@@ -98,14 +98,13 @@ export const make = (options: {
   Effect.suspend(() => {
     const clock = Context.get(options.context, Clock.Clock)
     const startedAt = monotonic(clock)
-    const ran = () => monotonic(clock) - startedAt
     const context = Context.merge(options.context, handling.registered.context)
     const handler = (payload: unknown) =>
       handling.registered.transactional
         ? options.transactional(
           running,
           handling.registered.run(payload, kind),
-          (value) => completed(value, running, handling, ran())
+          (value) => completed(value, running, handling, monotonic(clock) - startedAt)
         )
         : handling.registered.run(payload, kind)
     return Effect.gen(function*() {
@@ -118,8 +117,13 @@ export const make = (options: {
       }
       Current.controlled(info, control)
       const exit = yield* Effect.exit(Effect.interruptible(body(running, handling, handler, info, options.middleware)))
+      const endedAt = monotonic(clock)
       running.entry = running.settled?.entry ??
-        (yield* settlement(conclude(exit, control.intent, running), running, handling, history, ran()))
+        (yield* settlement(conclude(exit, control.intent, running), running, handling, history, {
+          ran: endedAt - startedAt,
+          // The database's clock when it was claimed and our own since then: what the stored attempts are measured with.
+          at: running.row.claimed_at + endedAt - running.claimedAt
+        }))
       // What middleware needs, the worker's layer required; what the handler and its codecs need, the handler's did.
     }).pipe(Effect.provideContext(context))
   })
@@ -207,30 +211,28 @@ const settlement = (
   running: Running,
   handling: Handling,
   history: ReadonlyArray<RetryPolicy.Attempt<unknown>>,
-  ran: number
+  ended: { readonly ran: number; readonly at: number }
 ): Effect.Effect<Settlement.Entry> => {
   const entry = (verb: Settlement.Verb, more: Partial<Settlement.Entry>): Settlement.Entry => ({
     ...entryOf(running, verb),
-    ran,
+    ran: ended.ran,
     ...more
   })
   switch (outcome._tag) {
     case "Complete":
-      return Effect.catch(completed(outcome.value, running, handling, ran), (message) =>
+      return Effect.catch(completed(outcome.value, running, handling, ended.ran), (message) =>
         settlement(
           { _tag: "Retry", failure: { _tag: "Defect", message }, message },
           running,
           handling,
           history,
-          ran
+          ended
         ))
     case "Retry":
       return Effect.gen(function*() {
-        // The database's clock when it was claimed and our own since then: what the stored attempts are measured with.
-        const at = running.row.claimed_at + ran
         const delay = yield* RetryPolicy.next(handling.definition.retry, [
           ...withoutFreeRescue(history),
-          { at, failure: outcome.failure }
+          { at: ended.at, failure: outcome.failure }
         ])
         const failure = outcome.failure
         const error = failure._tag === "Failed" ? yield* encodeError(handling, failure.error) : undefined
