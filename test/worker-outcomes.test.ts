@@ -1,11 +1,13 @@
 /** How a run ends, and what that means for its job. */
-import { assert, describe, it } from "@effect/vitest"
-import { Cause, Deferred, Effect, Fiber, Layer, Schedule, Schema } from "effect"
-import { SqlClient } from "effect/sql"
+import { assert, describe, it, layer } from "@effect/vitest"
+import { Cause, Deferred, Effect, Fiber, Layer, Schedule, Schema, Stream } from "effect"
+import { SqlClient, type SqlError } from "effect/sql"
 import { Job, Worker } from "../src/index.ts"
 import {
   allInPlace,
   assertRows,
+  databaseWithLedger,
+  queueLayer,
   rows,
   running,
   until,
@@ -194,34 +196,128 @@ describe("a handler that does not succeed", () => {
     })))
 })
 
-describe("Job.cancel, Job.discard and Job.snooze", () => {
-  class Undo extends Schema.TaggedError<Undo>()("Undo", {}) {}
-  const stop = Job.cancel("enough")
-  const wrapped: ReadonlyArray<readonly [string, Effect.Effect<unknown, never, Job.Current>]> = [
-    ["as they are", stop],
-    ["inside catch", Effect.catch(Effect.andThen(stop, new Undo()), () => Effect.void)],
-    ["inside catchCause", Effect.catchCause(stop, () => Effect.void)],
-    ["inside retry", Effect.ignore(Effect.retry(Effect.andThen(stop, new Undo()), { times: 5 }))],
-    ["inside Effect.all", Effect.all([Effect.sleep(5), stop, Effect.never], { concurrency: "unbounded" })],
-    ["inside a race", Effect.raceFirst(stop, Effect.never)],
-    ["inside a child that is joined", Effect.flatMap(Effect.forkChild(stop), Fiber.join)],
-    ["inside a timeout", Effect.ignore(Effect.timeout(stop, "1 minute"))],
-    ["inside an uninterruptible region", Effect.uninterruptible(stop)],
-    ["with a finalizer", Effect.ensuring(stop, Effect.sleep(20))]
-  ]
-  for (const [where, handler] of wrapped) {
-    it.live(`end the run ${where}`, () =>
-      withQueue(Effect.gen(function*() {
-        const { attempt, error, reason, status } = yield* finished(yield* runOne(handler))
-        assert.deepStrictEqual({ attempt, error, reason, status }, {
-          attempt: 1,
-          error: null,
-          reason: "enough",
-          status: "cancelled"
-        })
-      })))
+type Stop = Effect.Effect<never, never, Job.Current>
+type Around = Job.Current | SqlClient.SqlClient
+
+/** Would make a transaction roll back, and a retry go on. */
+const undo = new Boom({ n: 0 })
+
+const soon = Schedule.max([Schedule.spaced(1), Schedule.recurs(5)])
+
+const inTransaction = <A, E, R>(self: Effect.Effect<A, E, R>) =>
+  Effect.flatMap(SqlClient.SqlClient, (sql) => sql.withTransaction(self))
+
+const write = Effect.gen(function*() {
+  const sql = yield* SqlClient.SqlClient
+  const { id } = yield* Job.Current
+  yield* sql`insert into written values (${id}::uuid)`
+})
+
+/** What may be around the place where a handler stops. `stop` never returns; what follows it is never reached. */
+const wrappers: Readonly<Record<string, (stop: Stop) => Effect.Effect<unknown, Boom | SqlError.SqlError, Around>>> = {
+  "as they are": (stop) => stop,
+  "inside catch": (stop) => Effect.catch(Effect.andThen(stop, undo), () => Effect.void),
+  "inside catchCause": (stop) => Effect.catchCause(stop, () => Effect.void),
+  "inside catchDefect": (stop) => Effect.catchDefect(stop, () => Effect.void),
+  "inside exit": (stop) => Effect.flatMap(Effect.exit(stop), () => Effect.void),
+  "inside ignoreCause": (stop) => Effect.ignoreCause(stop),
+  "inside orElseSucceed": (stop) => Effect.orElseSucceed(stop, () => "instead"),
+  "inside retry": (stop) => Effect.ignore(Effect.retry(Effect.andThen(stop, undo), { times: 5 })),
+  "inside retry with a schedule": (stop) => Effect.ignore(Effect.retry(Effect.andThen(stop, undo), soon)),
+  "inside a retry of every cause": (stop) => Effect.ignore(Effect.retry(Effect.sandbox(stop), { times: 5 })),
+  "inside repeat": (stop) => Effect.repeat(stop, soon),
+  "inside Effect.all, one after the other": (stop) => Effect.all([Effect.void, stop, Effect.die("not reached")]),
+  "inside Effect.all, all at once": (stop) =>
+    Effect.all([Effect.sleep(5), stop, Effect.never], { concurrency: "unbounded" }),
+  "inside Effect.all, two at a time": (stop) =>
+    Effect.all([Effect.yieldNow, Effect.sleep(5), stop, Effect.never, Effect.die("not reached")], { concurrency: 2 }),
+  "inside Effect.all that collects results": (stop) =>
+    Effect.all([stop, Effect.never], { concurrency: "unbounded", mode: "result" }),
+  "inside Effect.forEach, more than once": (stop) =>
+    Effect.forEach([1, 2, 3], () => stop, { concurrency: "unbounded", discard: true }),
+  "inside a race": (stop) => Effect.raceFirst(stop, Effect.never),
+  "inside a child that is joined": (stop) => Effect.flatMap(Effect.forkChild(stop), Fiber.join),
+  "inside a stream": (stop) => Stream.runDrain(Stream.mapEffect(Stream.make(1, 2, 3), () => stop)),
+  "inside a timeout": (stop) => Effect.ignore(Effect.timeout(stop, "1 minute")),
+  "inside a timeout with something else": (stop) =>
+    Effect.timeoutOrElse(stop, { duration: "1 minute", orElse: () => Effect.void }),
+  "inside an uninterruptible region": (stop) => Effect.uninterruptible(stop),
+  "with a finalizer": (stop) => Effect.ensuring(stop, Effect.sleep(20)),
+  "with something acquired": (stop) => Effect.acquireUseRelease(Effect.void, () => stop, () => Effect.sleep(20)),
+  "inside a scope": (stop) => Effect.scoped(Effect.andThen(Effect.addFinalizer(() => Effect.sleep(20)), stop)),
+  "inside a transaction": (stop) => inTransaction(Effect.andThen(write, stop)),
+  "inside a transaction that catches": (stop) =>
+    inTransaction(Effect.ignoreCause(Effect.andThen(write, Effect.catchCause(stop, () => Effect.void)))),
+  "inside a transaction in a transaction": (stop) =>
+    inTransaction(Effect.andThen(write, Effect.ignoreCause(inTransaction(Effect.andThen(write, stop))))),
+  "inside a retried transaction": (stop) =>
+    Effect.retry(inTransaction(Effect.andThen(write, Effect.andThen(stop, undo))), { times: 5 })
+}
+
+const intents: Readonly<Record<string, { readonly stop: Stop; readonly ends: object }>> = {
+  "Job.cancel": {
+    stop: Job.cancel("enough"),
+    ends: { status: "cancelled", reason: "enough", attempt: 1, snoozed: 0, error: null }
+  },
+  "Job.discard": {
+    stop: Job.discard("no good"),
+    ends: { status: "discarded", reason: "no good", attempt: 1, snoozed: 0, error: null }
+  },
+  // The second run completes.
+  "Job.snooze": {
+    stop: Job.snooze(1),
+    ends: { status: "completed", reason: null, attempt: 1, snoozed: 1, error: null }
+  }
+}
+
+/** A job that stops in the way and in the place that its payload names, when it is run for the first time. */
+class Stops extends Job.make("stops", {
+  payload: { intent: Schema.String, where: Schema.String },
+  error: Boom,
+  retry: Schedule.recurs(0)
+}) {}
+
+const runs = new Map<string, number>()
+
+const StopsHandler = Stops.toLayer(({ intent, where }) =>
+  Effect.gen(function*() {
+    const { id } = yield* Job.Current
+    runs.set(id, (runs.get(id) ?? 0) + 1)
+    if (runs.get(id) === 1) yield* wrappers[where]!(intents[intent]!.stop)
+  }).pipe(Effect.catchTag("SqlError", Effect.die))
+)
+
+// One database and one worker for all of them.
+layer(
+  Worker.layer({ jobs: [Stops], concurrency: 1, gracePeriod: 0 }).pipe(
+    Layer.provide(StopsHandler),
+    Layer.provide(Layer.effectDiscard(rows("create table written (job uuid)"))),
+    Layer.provideMerge(Layer.provideMerge(queueLayer(), databaseWithLedger()))
+  ),
+  { excludeTestServices: true }
+)("the run is ended by", (it) => {
+  for (const [intent, { ends }] of Object.entries(intents)) {
+    for (const where of Object.keys(wrappers)) {
+      it.effect(`${intent} ${where}`, () =>
+        Effect.gen(function*() {
+          const { id } = yield* Stops.enqueue({ intent, where })
+          yield* untilValue("select count(*)::int from pgqueue.finished where id = $1::uuid", 1, { params: [id] })
+          yield* assertRows(
+            "select status, reason, attempt::int, snoozed::int, error from pgqueue.finished where id = $1::uuid",
+            [ends],
+            [id]
+          )
+          assert.strictEqual(runs.get(id), intent === "Job.snooze" ? 2 : 1)
+          yield* assertRows("select * from written", [])
+          yield* assertRows("select * from pgqueue.attempt", [])
+        }))
+    }
   }
 
+  it.effect("and every job is where it belongs", () => allInPlace)
+})
+
+describe("Job.cancel, Job.discard and Job.snooze", () => {
   it.live("roll back the transaction they are called in", () =>
     withQueue(Effect.gen(function*() {
       const sql = yield* SqlClient.SqlClient
