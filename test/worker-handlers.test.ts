@@ -1,7 +1,20 @@
 /** What a handler has around it: its own context, a scope, a span, middleware; and which handler gets a job. */
 import { PgClient } from "@effect/sql-pg"
 import { assert, describe, it } from "@effect/vitest"
-import { Context, DateTime, Deferred, Effect, Layer, Redacted, References, Schema, Tracer } from "effect"
+import {
+  Context,
+  DateTime,
+  Deferred,
+  Effect,
+  Exit,
+  Layer,
+  Logger,
+  Redacted,
+  References,
+  Schema,
+  Scope,
+  Tracer
+} from "effect"
 import { SqlClient } from "effect/sql"
 import { Job, Worker } from "../src/index.ts"
 import { makeDatabase } from "./support/database.ts"
@@ -142,6 +155,75 @@ describe("a handler", () => {
       assert.strictEqual(second!.parent._tag, "None")
       // Neither claims nor beats are in anybody's trace.
       assert.deepStrictEqual([...new Set(spans.map(({ name }) => name))].toSorted(), ["inner", "job ping", "request"])
+    })))
+
+  it.live("has its own span, log annotations and scope, whatever is around its worker", () =>
+    withQueue(Effect.gen(function*() {
+      const log: Array<string> = []
+      const seen: Array<Record<string, unknown>> = []
+      const logged: Array<unknown> = []
+      const closing = (what: string) => Effect.addFinalizer(() => Effect.sync(() => void log.push(`${what} closes`)))
+      const logger = Logger.make(({ fiber, message }) => {
+        const annotations = fiber.getRef(References.CurrentLogAnnotations)
+        if (annotations["job.id"] !== undefined) logged.push([message, annotations])
+      })
+      const around = yield* Scope.make()
+      const handler = Effect.gen(function*() {
+        const span = yield* Effect.currentSpan
+        const scope = yield* Scope.Scope
+        yield* closing("the run")
+        yield* Effect.annotateCurrentSpan("by", "handler")
+        yield* Effect.log("from the handler")
+        seen.push({
+          span: span.name,
+          parent: span.parent._tag,
+          attempt: span.attributes.get("job.attempt"),
+          annotations: yield* References.CurrentLogAnnotations,
+          own: scope !== around
+        })
+      }).pipe(Effect.orDie)
+      const surroundings = <A, E, R>(self: Effect.Effect<A, E, R>, what: string) =>
+        self.pipe(
+          Effect.annotateLogs({ what, "job.kind": "not mine", around: what }),
+          Effect.withSpan(what, { attributes: { what } })
+        )
+      // The handler's layer and the worker, each inside a span, annotations and a scope.
+      const Handler = Ping.toLayer(() => handler).pipe(
+        Layer.provide(Layer.effectDiscard(closing("the handler's layer")))
+      )
+      const context = yield* surroundings(Layer.build(Handler), "handler's layer").pipe(Scope.provide(around))
+      const layer = Worker.layer({ jobs: [Ping] }).pipe(
+        Layer.provide(Layer.succeedContext(context)),
+        Layer.provide(Logger.layer([logger]))
+      )
+      yield* surroundings(closing("around").pipe(Effect.andThen(running(layer))), "worker").pipe(
+        Scope.provide(around)
+      )
+      const ids = [yield* Ping.enqueue(), yield* Ping.enqueue()].map(({ id }) => id)
+      yield* untilAllEnded()
+      // The scope of a run has been closed with it, and nothing else has.
+      assert.deepStrictEqual(log, ["the run closes", "the run closes"])
+      assert.sameDeepMembers(
+        seen.map(({ annotations: { "job.id": id, ...annotations }, ...rest }: any) => ({ ...rest, id, annotations })),
+        ids.map((id) => ({
+          span: "job ping",
+          parent: "None",
+          attempt: 1,
+          own: true,
+          id,
+          annotations: {
+            "job.kind": "ping",
+            "job.queue": "default",
+            "job.attempt": 1,
+            // As with everything else of its context, the handler's own wins over its worker's.
+            what: "handler's layer",
+            around: "handler's layer"
+          }
+        }))
+      )
+      assert.lengthOf(logged, 2)
+      yield* Scope.close(around, Exit.void)
+      assert.deepStrictEqual(log.slice(2).toSorted(), ["around closes", "the handler's layer closes"])
     })))
 
   it.live("may enqueue, also in a transaction of its own", () =>
