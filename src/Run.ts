@@ -14,6 +14,7 @@ import * as Option from "effect/Option"
 import * as References from "effect/References"
 import * as Schema from "effect/Schema"
 import * as Tracer from "effect/Tracer"
+import * as Bounded from "./Bounded.ts"
 import * as Current from "./Current.ts"
 import type * as Definition from "./Definition.ts"
 import { jsonText } from "./Enqueue.ts"
@@ -71,6 +72,9 @@ const maxErrorBytes = 65_536
 
 /** A timed-out handler that has not stopped after this long is reported. */
 const stubborn = "5 seconds"
+
+/** A retry policy that has not answered after this long, in milliseconds, has ended, like one that throws. */
+const undecided = 5000
 
 /** The payload does not fit: carried in the failure channel of a run, apart from every typed error. */
 class Undecodable {
@@ -230,10 +234,13 @@ const settlement = (
         ))
     case "Retry":
       return Effect.gen(function*() {
-        const delay = yield* RetryPolicy.next(handling.definition.retry, [
-          ...withoutFreeRescue(history),
-          { at: ended.at, failure: outcome.failure }
-        ])
+        const delay = yield* Bounded.bounded(
+          RetryPolicy.next(handling.definition.retry, [
+            ...withoutFreeRescue(history),
+            { at: ended.at, failure: outcome.failure }
+          ]),
+          undecided
+        ).pipe(Effect.orElseSucceed(() => Option.none()))
         const failure = outcome.failure
         const error = failure._tag === "Failed" ? yield* encodeError(handling, failure.error) : undefined
         return entry("failed", {
