@@ -357,6 +357,8 @@ describe("the attempts that a policy is given", () => {
     /** How long it waits in its worker's buffer, and how long it then runs. */
     readonly waits: number
     readonly runs: number
+    /** How long its policy takes to decide on each attempt. */
+    readonly decides?: number
   }) {
     const seen: Array<readonly [at: number, tag: string]> = []
     const { definition } = Job.make("k", {
@@ -365,7 +367,7 @@ describe("the attempts that a policy is given", () => {
         Schedule.setInputType<Failure>(),
         Schedule.while(({ elapsed, input }) => {
           seen.push([elapsed, input._tag])
-          return true
+          return Effect.as(Effect.sleep(options.decides ?? 0), true)
         })
       )
     })["~effect-pgqueue/Job"]
@@ -413,8 +415,10 @@ describe("the attempts that a policy is given", () => {
     yield* TestClock.adjust(options.waits)
     const fiber = yield* Effect.forkChild(Run.make({ context, middleware: [] })(running, handling, "k"))
     yield* TestClock.adjust(options.runs)
+    yield* TestClock.adjust("1 minute")
     yield* Fiber.join(fiber)
-    assert.deepInclude(running.entry, { verb: "failed", delay: minute, ran: options.runs })
+    const delay = (options.decides ?? 0) < minute ? minute : undefined
+    assert.deepInclude(running.entry, { verb: "failed", delay, ran: options.runs })
     return seen
   })
 
@@ -444,5 +448,12 @@ describe("the attempts that a policy is given", () => {
         yield* shown({ history, claimedAt: 5000, waits: 0, runs: 0 }),
         [[0, "Defect"], [1000, "Lost"], [4000, "Failed"]]
       )
+    }))
+
+  it.effect("are decided on in time: a policy that does not answer is one that has ended, and holds up no worker", () =>
+    Effect.gen(function*() {
+      const options = { history: [], claimedAt: 0, waits: 0, runs: 0 }
+      assert.lengthOf(yield* shown({ ...options, decides: 1000 }), 1)
+      assert.lengthOf(yield* shown({ ...options, decides: Infinity }), 1)
     }))
 })

@@ -162,6 +162,27 @@ describe("a job that fails", () => {
       yield* assertRows("select status from pgqueue.finished", [{ status: "completed" }])
     })))
 
+  it.live("follows the policy of the definition that handles it: the family's, or that of its exact kind", () =>
+    withQueue(Effect.gen(function*() {
+      class Reports extends Job.family("report:", { retry: Schedule.recurs(1), maxAttempts: 9 }) {}
+      class Weekly extends Job.family("report:week", { retry: { schedule: Schedule.recurs(2) }, maxAttempts: 9 }) {}
+      class Daily extends Job.make("report:daily", { retry: Schedule.recurs(3), maxAttempts: 9 }) {}
+      const broken = () => Effect.die("broken")
+      yield* running(
+        Worker.layer({ jobs: [Reports, Weekly, Daily] }).pipe(
+          Layer.provide([Reports.toLayer(broken), Weekly.toLayer(broken), Daily.toLayer(broken)])
+        )
+      )
+      // Who enqueued it does not matter.
+      for (const kind of ["report:monthly", "report:weekly", "report:daily"] as const) yield* Reports.of(kind).enqueue()
+      yield* untilAllEnded()
+      yield* assertRows("select kind, status, attempt::int from pgqueue.finished order by attempt", [
+        { kind: "report:monthly", status: "discarded", attempt: 2 },
+        { kind: "report:weekly", status: "discarded", attempt: 3 },
+        { kind: "report:daily", status: "discarded", attempt: 4 }
+      ])
+    })))
+
   it.live("under a policy that throws is discarded, and nobody else is concerned", () =>
     withQueue(Effect.gen(function*() {
       yield* failing({
