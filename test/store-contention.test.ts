@@ -27,6 +27,8 @@ layer(Storage.layer, { excludeTestServices: true })("32 workers with one slot ea
         const one = Effect.gen(function*() {
           const own = yield* session
           const me = yield* worker()
+          // To connect is no part of a claim.
+          yield* own.query("select 1")
           for (;;) {
             const options = claimOptions(me, { lanes: [2, 5, 8].map(Store.laneStart), limit })
             const begun = yield* now
