@@ -111,6 +111,7 @@ export const start = Effect.fnUntraced(function*(options: {
   const settler = Settler.make({
     store,
     worker: () => liveness.id(),
+    now,
     onDoubt: () => liveness.doubt(),
     onRelief: signalAll,
     onSettled: settled

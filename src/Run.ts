@@ -114,9 +114,11 @@ export const make = (options: {
     return Effect.gen(function*() {
       const history = yield* historyOf(running.row, handling)
       const info = infoOf(running, history)
+      // Not `running.fiber`: a handler may come here before the fork has returned it.
+      const fiber = yield* Effect.withFiber(Effect.succeed)
       const control: Current.Control = {
         intent: undefined,
-        interrupt: () => running.fiber?.interruptUnsafe(),
+        interrupt: () => fiber.interruptUnsafe(),
         progress: (value) => options.progress(running, value)
       }
       Current.controlled(info, control)

@@ -32,6 +32,8 @@ export interface Entry {
   readonly failure: { readonly tag: string; readonly message: string; readonly error: string | undefined } | undefined
   /** Milliseconds the handler ran. */
   readonly ran: number
+  /** When it ended, by this process's monotonic clock, in milliseconds; just now when undefined. */
+  readonly endedAt?: number | undefined
 }
 
 /**
@@ -51,9 +53,14 @@ export interface Answer {
 
 /**
  * The parameters of `settle`. An entry counts once, whatever the buffer held. On `channel` is announced who has ended and is
- * waited for.
+ * waited for. `now` is the monotonic clock that the entries go by.
  */
-export const columnsOf = (worker: string, entries: ReadonlyArray<Entry>, channel = ""): Array<unknown> => {
+export const columnsOf = (
+  worker: string,
+  entries: ReadonlyArray<Entry>,
+  channel = "",
+  now: number | undefined = undefined
+): Array<unknown> => {
   const once = [...new Map(entries.map((entry) => [entry.lease + entry.id, entry])).values()]
   return [
     once.map((entry) => entry.lease),
@@ -67,7 +74,8 @@ export const columnsOf = (worker: string, entries: ReadonlyArray<Entry>, channel
     once.map((entry) => entry.failure?.error ?? ""),
     once.map((entry) => String(Math.max(0, entry.ran))),
     worker,
-    channel
+    channel,
+    once.map(({ endedAt }) => endedAt === undefined || now === undefined ? "0" : String(Math.max(0, now - endedAt)))
   ]
 }
 
@@ -93,13 +101,13 @@ export const statements = (s: string) => {
     )`
 
   // The rest is the same for all three once `decided` says for each job: status (null: back in line), next_attempt,
-  // next_rescued, next_snoozed, next_run_at, and the failure to record, if any.
+  // next_rescued, next_snoozed, next_run_at, when the run ended, which an outage may have kept from being told, and the failure to record, if any.
   const writes = (worker: string, lease: string) =>
     `ended as (
       insert into ${s}.finished (id, kind, queue, priority, status, reason, result, error, attempt, max_attempts, timeout_ms,
         rescued, snoozed, lease, worker, group_key, trace, metadata, enqueued_at, scheduled_for, started_at, finished_at, payload, progress)
       select id, kind, queue, priority, status, end_reason, end_result, failure, next_attempt, max_attempts, timeout_ms,
-        next_rescued, next_snoozed, ${lease}, ${worker}, group_key, trace, metadata, enqueued_at, scheduled_for, started_at, now, payload, progress
+        next_rescued, next_snoozed, ${lease}, ${worker}, group_key, trace, metadata, enqueued_at, scheduled_for, started_at, ended_at, payload, progress
       from decided where status is not null on conflict (id) do nothing
     ), removed as (
       delete from ${s}.job where id = any (array(select id from decided where status is not null))
@@ -115,7 +123,7 @@ export const statements = (s: string) => {
       from decided d where j.id = any (array(select id from decided where status is null and changed)) and d.id = j.id
     ), tried as (
       insert into ${s}.attempt (job, n, tag, message, error, worker, started_at, ended_at)
-      select id, attempt + 1, failure ->> 'tag', failure ->> 'message', failure -> 'error', ${worker}, started_at, now
+      select id, attempt + 1, failure ->> 'tag', failure ->> 'message', failure -> 'error', ${worker}, started_at, ended_at
       from decided where status is null and failure is not null
     ), left_over as materialized (
       select h.id, array(select pg_catalog.unnest(h.ids) except select o.id from out_of_lease o where o.lease = h.id) as ids from held h
@@ -136,8 +144,8 @@ export const statements = (s: string) => {
   }
 
   const settle = `with input as materialized (
-      select * from unnest($1::uuid[], $2::uuid[], $3::text[], $4::text[], $5::text[], $6::text[], $7::text[], $8::text[], $9::text[], $10::text[])
-        as i(lease, id, verb, result, reason, delay_ms, tag, message, error, ran_ms)
+      select * from unnest($1::uuid[], $2::uuid[], $3::text[], $4::text[], $5::text[], $6::text[], $7::text[], $8::text[], $9::text[], $10::text[], $13::text[])
+        as i(lease, id, verb, result, reason, delay_ms, tag, message, error, ran_ms, age_ms)
     ), held as materialized (
       select l.id, l.ids from ${s}.lease l where l.id = any (array(select distinct lease from input)) order by l.id for update
     ), checked as materialized (
@@ -146,10 +154,11 @@ export const statements = (s: string) => {
     ), ${
     locked(
       "(select * from checked where mine)",
-      "m.lease, m.verb, m.result, m.reason, m.delay_ms, m.tag, m.message, m.error, m.ran_ms"
+      "m.lease, m.verb, m.result, m.reason, m.delay_ms, m.tag, m.message, m.error, m.ran_ms, m.age_ms"
     )
   }, decided as materialized (
-      select l.*, c.now, c.now - l.ran_ms::float8 * interval '1 millisecond' as started_at,
+      select l.*, c.now, c.now - l.age_ms::float8 * interval '1 millisecond' as ended_at,
+        c.now - (l.age_ms::float8 + l.ran_ms::float8) * interval '1 millisecond' as started_at,
         case when verb = 'completed' then 'completed' when verb = 'discarded' then 'discarded'
           when verb = 'cancelled' or cancelled_at is not null then 'cancelled'
           when verb = 'failed' and (delay_ms = '' or attempt + 1 >= max_attempts) then 'discarded'
@@ -195,7 +204,7 @@ export const statements = (s: string) => {
     `select l.id, l.worker, l.ids from ${s}.lease l
       where l.id > $2::uuid and not exists (select 1 from ${s}.worker w where w.id = l.worker)
       order by l.id limit $1::int4 for update of l skip locked`,
-    `select l.*, c.now, null::timestamptz as started_at,
+    `select l.*, c.now, c.now as ended_at, null::timestamptz as started_at,
         case when cancelled_at is not null then 'cancelled'
           when ${lost.ends} then 'discarded' end as status,
         ${lost.attempt} as next_attempt, rescued + 1 as next_rescued, snoozed as next_snoozed,
@@ -207,7 +216,7 @@ export const statements = (s: string) => {
 
   const release = takeBack(
     `select l.id, l.worker, l.ids from ${s}.lease l where l.worker = $1::uuid and l.id = any ($2::uuid[]) order by l.id for update`,
-    `select l.*, c.now, null::timestamptz as started_at, case when cancelled_at is not null then 'cancelled' end as status,
+    `select l.*, c.now, c.now as ended_at, null::timestamptz as started_at, case when cancelled_at is not null then 'cancelled' end as status,
         attempt as next_attempt, rescued as next_rescued, snoozed as next_snoozed, run_at as next_run_at, false as changed,
         cancel_reason as end_reason, null::json as end_result, null::json as failure
       from (select pg_catalog.clock_timestamp() as now) c, locked l where not key_busy`

@@ -62,6 +62,8 @@ export interface Settler {
 export const make = (options: {
   readonly store: Store.Store
   readonly worker: () => string
+  /** The monotonic clock, in milliseconds. */
+  readonly now: () => number
   /** The connection failed in the middle of a settle. */
   readonly onDoubt: () => void
   /** An entry has been answered: `undefined` when it was settled as asked. */
@@ -79,7 +81,7 @@ export const make = (options: {
   const empty = Latch.makeUnsafe(true)
 
   const push = (entry: Settlement.Entry): void => {
-    waiting.push(entry)
+    waiting.push({ ...entry, endedAt: options.now() })
     full ||= waiting.length + inFlight >= backPressure
     empty.closeUnsafe()
     some.openUnsafe()
@@ -103,37 +105,38 @@ export const make = (options: {
 
   /** Sends a batch; when the data of one is refused, halves it until that one is alone. */
   const send = (entries: ReadonlyArray<Settlement.Entry>): Effect.Effect<void> =>
-    Bounded.bounded(options.store.settle(options.worker(), entries), settleBound).pipe(
-      Effect.flatMap((answers) => {
-        const found = new Map(answers.map((answer) => [answer.lease + answer.id, answer]))
-        const busy: Array<Settlement.Entry> = []
-        for (const entry of entries) {
-          const answer = found.get(entry.lease + entry.id)
-          if (answer?.state === "busy") busy.push(entry)
-          else options.onSettled(entry, answer)
-        }
-        most = Math.min(maxEntries, most * 2)
-        // Not to wait for somebody's open transaction together with the others.
-        return Effect.andThen(episode.succeeded, busy.length === 0 ? Effect.void : later(busy, busyPause))
-      }),
-      Effect.catchCause((cause) => {
-        const error = cause.reasons.find(Cause.isFailReason)?.error
-        if (Database.isDataFault(error)) {
-          if (entries.length === 1) return refused(entries[0]!, cause)
-          const middle = entries.length >> 1
-          return Effect.andThen(send(entries.slice(0, middle)), send(entries.slice(middle)))
-        }
-        // Whatever else it is, it is not the jobs' fault. Sent again as it is, a settle that did get through finds
-        // nothing left to change.
-        if (error instanceof Bounded.TimedOut || Database.isConnectionLoss(error)) options.onDoubt()
-        // What did not fit into the time, or into a message, comes in smaller parts.
-        if (!isSqlError(error) || Database.isStatementTimeout(error)) {
-          most = Math.max(1, Math.min(most, entries.length) >> 1)
-        }
-        again(entries)
-        return Effect.andThen(episode.failed(cause), Effect.sleep("200 millis"))
-      })
-    )
+    Effect.suspend(() => Bounded.bounded(options.store.settle(options.worker(), entries, options.now()), settleBound))
+      .pipe(
+        Effect.flatMap((answers) => {
+          const found = new Map(answers.map((answer) => [answer.lease + answer.id, answer]))
+          const busy: Array<Settlement.Entry> = []
+          for (const entry of entries) {
+            const answer = found.get(entry.lease + entry.id)
+            if (answer?.state === "busy") busy.push(entry)
+            else options.onSettled(entry, answer)
+          }
+          most = Math.min(maxEntries, most * 2)
+          // Not to wait for somebody's open transaction together with the others.
+          return Effect.andThen(episode.succeeded, busy.length === 0 ? Effect.void : later(busy, busyPause))
+        }),
+        Effect.catchCause((cause) => {
+          const error = cause.reasons.find(Cause.isFailReason)?.error
+          if (Database.isDataFault(error)) {
+            if (entries.length === 1) return refused(entries[0]!, cause)
+            const middle = entries.length >> 1
+            return Effect.andThen(send(entries.slice(0, middle)), send(entries.slice(middle)))
+          }
+          // Whatever else it is, it is not the jobs' fault. Sent again as it is, a settle that did get through finds
+          // nothing left to change.
+          if (error instanceof Bounded.TimedOut || Database.isConnectionLoss(error)) options.onDoubt()
+          // What did not fit into the time, or into a message, comes in smaller parts.
+          if (!isSqlError(error) || Database.isStatementTimeout(error)) {
+            most = Math.max(1, Math.min(most, entries.length) >> 1)
+          }
+          again(entries)
+          return Effect.andThen(episode.failed(cause), Effect.sleep("200 millis"))
+        })
+      )
 
   /** What the database will not store, it may store without the values that came from the handler. */
   const refused = (entry: Settlement.Entry, cause: Cause.Cause<unknown>): Effect.Effect<void> => {

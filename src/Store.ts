@@ -345,9 +345,10 @@ export const make = (db: Database.Database, schema: string) => {
      */
     settle: (
       worker: string,
-      entries: ReadonlyArray<Settlement.Entry>
+      entries: ReadonlyArray<Settlement.Entry>,
+      now?: number
     ): Effect.Effect<ReadonlyArray<Settlement.Answer>, SqlError> =>
-      rows(settlement.settle, Settlement.columnsOf(worker, entries, channel)),
+      rows(settlement.settle, Settlement.columnsOf(worker, entries, channel, now)),
 
     /**
      * Settles one job in the application's transaction. See `settle`.

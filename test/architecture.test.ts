@@ -166,7 +166,9 @@ const pure: Rule = {
         if (node.type !== "MemberExpression") return []
         const object = nameOf(node["object"]) ?? ""
         const member = nameOf(node["property"]) ?? ""
-        return impureMembers[object]?.test(member) === true ? at(source, node, `${object}.${member}`) : []
+        return Object.hasOwn(impureMembers, object) && impureMembers[object]!.test(member)
+          ? at(source, node, `${object}.${member}`)
+          : []
       })
     ]),
   caught: [

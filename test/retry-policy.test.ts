@@ -374,7 +374,8 @@ describe("the attempts that a policy is given", () => {
     const handling = Run.handling(definition, {
       // Sound: the error is the definition's.
       run: (): any => Effect.andThen(Effect.sleep(options.runs), new Bounced({ code: 1, after: 0 })),
-      context: Context.empty()
+      context: Context.empty(),
+      transactional: false
     })
     const row: Store.ClaimedRow = {
       id: "0198c0de-0000-7000-8000-000000000000",
@@ -392,6 +393,7 @@ describe("the attempts that a policy is given", () => {
       scheduled_for: begun,
       claimed_at: begun + options.claimedAt,
       payload: "null",
+      progress: null,
       history: options.history.length === 0 ? null : JSON.stringify(
         options.history.map(([at, tag, error], n) => ({
           n: n + 1,
@@ -410,10 +412,18 @@ describe("the attempts that a policy is given", () => {
       claimedAt: Run.monotonic(yield* Clock.Clock),
       fiber: undefined,
       interruption: undefined,
-      entry: undefined
+      entry: undefined,
+      settled: undefined
     }
     yield* TestClock.adjust(options.waits)
-    const fiber = yield* Effect.forkChild(Run.make({ context, middleware: [] })(running, handling, "k"))
+    const fiber = yield* Effect.forkChild(
+      Run.make({
+        context,
+        middleware: [],
+        transactional: (_running, handler) => handler,
+        progress: () => Effect.void
+      })(running, handling, "k")
+    )
     yield* TestClock.adjust(options.runs)
     yield* TestClock.adjust("1 minute")
     yield* Fiber.join(fiber)

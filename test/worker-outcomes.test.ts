@@ -236,6 +236,7 @@ const wrappers: Readonly<Record<string, (stop: Stop) => Effect.Effect<unknown, B
   "inside Effect.forEach, more than once": (stop) =>
     Effect.forEach([1, 2, 3], () => stop, { concurrency: "unbounded", discard: true }),
   "inside a race": (stop) => Effect.raceFirst(stop, Effect.never),
+  "inside a race for success": (stop) => Effect.race(Effect.never, stop),
   "inside a child that is joined": (stop) => Effect.flatMap(Effect.forkChild(stop), Fiber.join),
   "inside a stream": (stop) => Stream.runDrain(Stream.mapEffect(Stream.make(1, 2, 3), () => stop)),
   "inside a timeout": (stop) => Effect.ignore(Effect.timeout(stop, "1 minute")),
