@@ -83,8 +83,10 @@ export const make = Effect.fnUntraced(function*(
 ): Effect.fn.Return<Database, SqlError, Scope.Scope> {
   const app = client.withoutTransforms()
   if (!isPgClient(client)) {
+    // Out of the application's transaction, if the fiber is in one: with a connection of its own.
+    const outside = Context.omit(app.transactionService)
     const query: Database["query"] = <A extends object>(text: string, params: ReadonlyArray<unknown>) =>
-      transaction(app, app.unsafe<A>(text, params).unprepared)
+      Effect.updateContext(transaction(app, app.unsafe<A>(text, params).unprepared), outside)
     return { app, own: app, query, connect: undefined }
   }
   const config = ownConfig(client.config)
@@ -141,10 +143,12 @@ export const transaction = <A, E, R>(
   client: SqlClient.SqlClient,
   self: Effect.Effect<A, E, R>
 ): Effect.Effect<A, E | SqlError, R> =>
-  client.withTransaction(self).pipe(
-    Effect.provideService(SqlClient.BeginTransaction, "BEGIN ISOLATION LEVEL READ COMMITTED"),
-    typedTransaction
-  )
+  Effect.flatMap(SqlClient.BeginTransaction, (begin) =>
+    // Only this transaction begins so, none that is begun inside it on another client.
+    client.withTransaction(Effect.provideService(self, SqlClient.BeginTransaction, begin)).pipe(
+      Effect.provideService(SqlClient.BeginTransaction, "BEGIN ISOLATION LEVEL READ COMMITTED"),
+      typedTransaction
+    ))
 
 /**
  * Runs one statement in the application's transaction. Unprepared: its sessions may keep a plan that was made while a

@@ -244,9 +244,11 @@ const initial = (s: string, channel: string): ReadonlyArray<string> => [
 
 /** The statements of migration 2: what a job says of itself while it runs, who waits for it, and parked kinds. */
 const life = (s: string): ReadonlyArray<string> => [
-  // `retried_at`: somebody has brought the job back after its end, and earlier attempts count no more.
-  `alter table ${s}.job add column progress json check (octet_length(progress::text) <= ${maxProgressBytes}),
-    add column awaited boolean not null default false, add column retried_at timestamptz`,
+  // `retried_at`: somebody has brought the job back after its end, and earlier attempts count no more. The constraint is
+  // not valid, so that nobody waits for a look at every row: none has a value yet.
+  `alter table ${s}.job add column progress json, add column awaited boolean not null default false,
+    add column retried_at timestamptz,
+    add constraint job_progress_size check (octet_length(progress::text) <= ${maxProgressBytes}) not valid`,
   ...["finished", "archive"].map((table) => `alter table ${s}.${table} add column progress json`),
   // Which kinds have jobs in the lanes of the parked. `since` changes with every job that is parked, so that a worker
   // that has found the lanes empty cannot remove the mark of one that came in at the same time.

@@ -3,7 +3,7 @@ import { assert, describe, it } from "@effect/vitest"
 import { Deferred, Effect, Layer, Option, Schedule, type Schema } from "effect"
 import { SqlClient } from "effect/sql"
 import { Admin, Job, Worker } from "../src/index.ts"
-import { assertRows, rows, running, until, untilAllEnded, withQueue } from "./support/queue.ts"
+import { assertRows, rows, running, until, untilAllEnded, withPolling, withQueue } from "./support/queue.ts"
 
 class Import extends Job.make("import", { retry: Schedule.spaced(10), maxAttempts: 3 }) {}
 
@@ -16,30 +16,31 @@ const progressOf = (id: string) =>
   Effect.map(Admin.get(id), (job) => Option.getOrUndefined(Option.flatMap(job, ({ progress }) => progress)))
 
 describe("Job.progress", () => {
-  for (const transactional of [false, true]) {
-    it.live(`can be read from outside at once, ${transactional ? "in a transaction" : "outside of one"}`, () =>
-      withQueue(Effect.gen(function*() {
-        const said = yield* Deferred.make<void>()
-        const go = yield* Deferred.make<void>()
-        yield* working(
-          Effect.gen(function*() {
-            yield* Job.progress(1)
-            yield* Job.progress({ page: 2, of: [3, null] })
-            yield* Deferred.succeed(said, undefined)
-            yield* Deferred.await(go)
-          }),
-          { transactional }
-        )
-        const { id } = yield* Import.enqueue()
-        assert.isUndefined(yield* progressOf(id))
-        yield* Deferred.await(said)
-        assert.deepStrictEqual(yield* progressOf(id), { page: 2, of: [3, null] })
-        yield* Deferred.succeed(go, undefined)
-        yield* untilAllEnded()
-        // It stays with the finished job.
-        assert.deepStrictEqual(yield* progressOf(id), { page: 2, of: [3, null] })
-      })))
-  }
+  const readable = (transactional: boolean) =>
+    Effect.gen(function*() {
+      const said = yield* Deferred.make<void>()
+      const go = yield* Deferred.make<void>()
+      yield* working(
+        Effect.gen(function*() {
+          yield* Job.progress(1)
+          yield* Job.progress({ page: 2, of: [3, null] })
+          yield* Deferred.succeed(said, undefined)
+          yield* Deferred.await(go)
+        }),
+        { transactional }
+      )
+      const { id } = yield* Import.enqueue()
+      assert.isUndefined(yield* progressOf(id))
+      yield* Deferred.await(said)
+      assert.deepStrictEqual(yield* progressOf(id), { page: 2, of: [3, null] })
+      yield* Deferred.succeed(go, undefined)
+      yield* untilAllEnded()
+      // It stays with the finished job.
+      assert.deepStrictEqual(yield* progressOf(id), { page: 2, of: [3, null] })
+    })
+  it.live("can be read from outside at once", () => withQueue(readable(false)))
+  it.live("can be read from outside at once, though its handler is in a transaction", () => withQueue(readable(true)))
+  it.live("can be read from outside at once, over a client that cannot LISTEN", () => withPolling(readable(true)))
 
   it.live("survives a retry, and the next attempt knows it", () =>
     withQueue(Effect.gen(function*() {

@@ -272,6 +272,28 @@ describe("a transactional handler", () => {
       { pool: { startupParameters: { default_transaction_isolation: "serializable" } } }
     ))
 
+  it.live("begins other transactions as their clients do", () =>
+    withQueue(Effect.gen(function*() {
+      const { url } = yield* makeDatabase()
+      const seen: Array<unknown> = []
+      const other = PgClient.layer({
+        url: Redacted.make(Redacted.value(url)),
+        startupParameters: { default_transaction_isolation: "serializable" }
+      })
+      const context = yield* Layer.build(Layer.fresh(other))
+      yield* work(paying(() =>
+        Effect.flatMap(SqlClient.SqlClient, (sql) =>
+          Effect.map(sql.withTransaction(sql`show transaction_isolation`), (shown) =>
+            void seen.push(...shown))).pipe(
+            Effect.provideContext(context),
+            Effect.orDie
+          )
+      ))
+      yield* Pay.enqueue({ n: 1 })
+      yield* ends
+      assert.deepStrictEqual(seen, [{ transaction_isolation: "serializable" }])
+    })))
+
   it.live("whose commit is answered to nobody has happened once: both, and no second time", () =>
     withQueue(Effect.gen(function*() {
       yield* table
