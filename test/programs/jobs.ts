@@ -1,5 +1,7 @@
 /** The jobs that the test's processes handle and the tests enqueue. */
 import * as Effect from "effect/Effect"
+import * as Layer from "effect/Layer"
+import * as Schedule from "effect/Schedule"
 import * as Schema from "effect/Schema"
 import { Job } from "../../src/index.ts"
 import { Ledger } from "../support/ledger.ts"
@@ -19,6 +21,17 @@ export class Step extends Job.make("step", {
 /** A step in a queue of its own. */
 export class Aside extends Job.make("aside", { payload: { millis: Schema.Number }, queue: "aside" }) {}
 
+/** Writes that it started and fails, the first time; completes the second time, at once after the first. */
+export class Flaky extends Job.make("flaky", { retry: Schedule.recurs(10) }) {}
+
+/** Writes that it started and keeps the event loop for `millis`, as a long computation would. */
+export class Block extends Job.make("block", { payload: { millis: Schema.Number } }) {}
+
+/** Writes that it started and takes its process down. */
+export class Poison extends Job.make("poison", {
+  payload: { how: Schema.Literals(["exit", "abort", "SIGKILL", "heap"]) }
+}) {}
+
 const step = Effect.fnUntraced(function*(millis: number) {
   const { mention, record } = yield* Ledger
   yield* record("start")
@@ -26,8 +39,52 @@ const step = Effect.fnUntraced(function*(millis: number) {
   yield* record("end")
 })
 
-export const CountHandler = Count.toLayer(() => Effect.flatMap(Ledger, ({ record }) => record("start")))
-export const StepHandler = Step.toLayer(({ millis, stubborn }) =>
+const CountHandler = Count.toLayer(() => Effect.flatMap(Ledger, ({ record }) => record("start")))
+const StepHandler = Step.toLayer(({ millis, stubborn }) =>
   stubborn === true ? Effect.uninterruptible(step(millis)) : step(millis)
 )
-export const AsideHandler = Aside.toLayer(({ millis }) => step(millis))
+const AsideHandler = Aside.toLayer(({ millis }) => step(millis))
+const FlakyHandler = Flaky.toLayer(() =>
+  Effect.gen(function*() {
+    yield* Effect.flatMap(Ledger, ({ record }) => record("start"))
+    if ((yield* Job.Current).attempt === 1) return yield* Effect.die("the first time it fails")
+  })
+)
+const BlockHandler = Block.toLayer(({ millis }) =>
+  Effect.gen(function*() {
+    const { mention, record } = yield* Ledger
+    yield* record("start")
+    const end = performance.now() + millis
+    while (performance.now() < end) { /* nothing else runs */ }
+    yield* mention("end")
+  })
+)
+const PoisonHandler = Poison.toLayer(({ how }) =>
+  Effect.gen(function*() {
+    yield* Effect.flatMap(Ledger, ({ record }) => record("start"))
+    switch (how) {
+      case "exit":
+        return process.exit(3)
+      case "abort":
+        return process.abort()
+      case "SIGKILL":
+        process.kill(process.pid, "SIGKILL")
+        return yield* Effect.never
+      case "heap": {
+        const kept: Array<Array<number>> = []
+        while (true) kept.push(Array.from({ length: 100_000 }, (_, n) => n + kept.length))
+      }
+    }
+  })
+)
+
+/** What a worker process handles. */
+export const all = [Count, Step, Aside, Flaky, Block, Poison] as const
+export const handlers = Layer.mergeAll(
+  CountHandler,
+  StepHandler,
+  AsideHandler,
+  FlakyHandler,
+  BlockHandler,
+  PoisonHandler
+)

@@ -7,11 +7,13 @@ import * as Redacted from "effect/Redacted"
 import * as References from "effect/References"
 import { JobQueue, Worker } from "../../src/index.ts"
 import { Ledger } from "../support/ledger.ts"
-import { Aside, AsideHandler, Count, CountHandler, Step, StepHandler } from "./jobs.ts"
+import * as Jobs from "./jobs.ts"
 
 /** What the tests may say of a worker process. */
 export interface WorkerProgram {
   readonly url: string
+  /** Where the handlers write what they do, when that is not the queue's database. */
+  readonly ledgerUrl?: string
   /** Also the `application_name` of every session of the queue and the application. */
   readonly name: string
   readonly concurrency?: number
@@ -25,13 +27,13 @@ export interface WorkerProgram {
 process.on("disconnect", () => process.kill(process.pid, "SIGKILL"))
 
 // Sound: the tests write it from the same type.
-const { name, url, ...options } = JSON.parse(process.argv[2]!) as WorkerProgram
+const { name, url, ledgerUrl = url, ...options } = JSON.parse(process.argv[2]!) as WorkerProgram
 
 const PgLive = PgClient.layer({ url: Redacted.make(url), applicationName: name })
 const QueueLive = JobQueue.layer().pipe(Layer.provideMerge(PgLive))
-const WorkerLive = Worker.layer({ ...options, name, jobs: [Count, Step, Aside] }).pipe(
-  Layer.provide([CountHandler, StepHandler, AsideHandler]),
-  Layer.provide(Ledger.layer(url, name)),
+const WorkerLive = Worker.layer({ ...options, name, jobs: Jobs.all }).pipe(
+  Layer.provide(Jobs.handlers),
+  Layer.provide(Ledger.layer(ledgerUrl, name)),
   Layer.provide(QueueLive)
 )
 const Ready = Layer.effectDiscard(Effect.sync(() => {

@@ -1,6 +1,21 @@
-/** A link to PostgreSQL that goes dead, holds back what the server answers, or breaks, session by session. */
+/** A link to PostgreSQL that goes dead, holds back what the server answers, or breaks, session by session or request by request. */
 import { Effect } from "effect"
 import { connect, createServer, type Socket } from "node:net"
+
+/** The way of a request and its answer, and how far they come. */
+export interface Strike {
+  /** Part of the statement's text, whether or not it was prepared earlier. */
+  readonly text: string
+  /** Part of its parameters, for one of many requests with the same text. */
+  readonly param?: string
+  /** The first such request, or a later one. */
+  readonly nth?: number
+  /**
+   * How far it comes: never to the server (`lost`), to the server and its answer nowhere (`sent`), the same and not
+   * before the server has answered (`answered`), or there and back (`acknowledged`).
+   */
+  readonly at: "lost" | "sent" | "answered" | "acknowledged"
+}
 
 /** A link under test. A session is known by the texts it has ever sent: a prepared statement is sent once. */
 export interface Link {
@@ -22,6 +37,11 @@ export interface Link {
   readonly sessions: (text: string) => number
   /** Resets the sessions that have sent `text`. */
   readonly cut: (text: string) => void
+  /**
+   * Does something at a point in the life of one request, once. Unless it was acknowledged, the session is dead from then
+   * on, and what did not arrive can be sent on with the returned function.
+   */
+  readonly strike: (strike: Strike, act: () => void) => () => void
 }
 
 interface Session {
@@ -30,7 +50,64 @@ interface Session {
   sent: string
   dead: boolean
   readonly held: Array<Buffer>
+  readonly requests: (chunk: Buffer) => ReadonlyArray<Request>
+  /** The answer to the request that is out is what is waited for. */
+  struck: boolean
 }
+
+interface Request {
+  readonly text: string
+  readonly params: string
+}
+
+/** Reads what a client sends: the requests that are complete with each chunk, prepared ones with their text. */
+const readRequests = (): Session["requests"] => {
+  const prepared = new Map<string, string>()
+  let rest: Buffer = Buffer.alloc(0)
+  let greeted = false
+  let request: Request | undefined
+  return (chunk) => {
+    rest = rest.length === 0 ? chunk : Buffer.concat([rest, chunk])
+    const complete: Array<Request> = []
+    while (true) {
+      // What a session begins with has no type.
+      const head = greeted ? 1 : 0
+      if (rest.length < head + 4) break
+      const end = head + rest.readInt32BE(head)
+      if (rest.length < end) break
+      const type = greeted ? String.fromCharCode(rest[0]!) : ""
+      const body = rest.subarray(head + 4, end)
+      rest = rest.subarray(end)
+      const string = (from: number) => body.toString("latin1", from, body.indexOf(0, from))
+      switch (type) {
+        case "":
+          // The question for encryption is not the beginning yet.
+          greeted = body.readInt32BE(0) !== 80_877_103
+          break
+        case "P":
+          prepared.set(string(0), string(string(0).length + 1))
+          break
+        case "B":
+          request = {
+            text: prepared.get(string(string(0).length + 1)) ?? "",
+            params: body.toString("latin1")
+          }
+          break
+        case "Q":
+          complete.push({ text: string(0), params: "" })
+          break
+        case "S":
+          if (request !== undefined) complete.push(request)
+          request = undefined
+          break
+      }
+    }
+    return complete
+  }
+}
+
+/** ReadyForQuery ends an answer: by now the server has committed, or rolled back. */
+const endsAnswer = (chunk: Buffer) => chunk.at(-6) === 0x5a && chunk.at(-1) === 0x49
 
 /** Starts a link in the current scope. */
 export const makeLink = Effect.fnUntraced(function*(target: string) {
@@ -39,10 +116,29 @@ export const makeLink = Effect.fnUntraced(function*(target: string) {
   const toLose = new Set<string>()
   let holding: string | undefined
   let dead = 0
+  let strike: { readonly on: Strike; readonly act: () => void; left: number } | undefined
+  /** What struck sessions have sent and the server has not seen. */
+  let kept: () => void = () => {}
+
+  const hit = (session: Session) => {
+    const { act, on } = strike!
+    strike = undefined
+    session.struck = false
+    if (on.at !== "acknowledged") session.dead = true
+    act()
+  }
 
   const server = createServer((client) => {
     const upstream = connect(Number(port), hostname)
-    const session: Session = { client, upstream, sent: "", dead: false, held: [] }
+    const session: Session = {
+      client,
+      upstream,
+      sent: "",
+      dead: false,
+      held: [],
+      requests: readRequests(),
+      struck: false
+    }
     sessions.add(session)
     for (const [socket, other] of [[client, upstream], [upstream, client]] as const) {
       socket.setNoDelay(true)
@@ -62,10 +158,24 @@ export const makeLink = Effect.fnUntraced(function*(target: string) {
           dead++
         }
       }
-      if (!session.dead) upstream.write(chunk)
+      for (const { params, text } of session.requests(chunk)) {
+        if (strike === undefined || session.dead || session.struck) continue
+        if (!text.includes(strike.on.text) || !params.includes(strike.on.param ?? "")) continue
+        if (--strike.left === 0) session.struck = true
+      }
+      if (session.struck && (strike?.on.at === "lost" || strike?.on.at === "sent")) {
+        if (strike.on.at === "sent") upstream.write(chunk)
+        else kept = () => void upstream.write(chunk)
+        hit(session)
+      } else if (!session.dead) upstream.write(chunk)
     })
     upstream.on("data", (chunk) => {
       if (session.dead) return
+      if (session.struck) {
+        if (strike?.on.at === "acknowledged") client.write(chunk)
+        if (endsAnswer(chunk)) hit(session)
+        return
+      }
       if (holding !== undefined && session.sent.includes(holding)) session.held.push(chunk)
       else client.write(chunk)
     })
@@ -103,6 +213,11 @@ export const makeLink = Effect.fnUntraced(function*(target: string) {
     sessions: (text) => having(text).length,
     cut: (text) => {
       for (const { client } of having(text)) client.resetAndDestroy()
+    },
+    strike: (on, act) => {
+      strike = { on, act, left: on.nth ?? 1 }
+      kept = () => {}
+      return () => kept()
     }
   }
   return link

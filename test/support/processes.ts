@@ -29,11 +29,12 @@ const stop = (child: ChildProcess, ended: Deferred.Deferred<Ended>) =>
     return Effect.timeoutOption(Deferred.await(ended), "5 seconds")
   })
 
-/** Starts a program and waits until it says that it is ready. */
-export const startProgram = Effect.fnUntraced(function*(
+/** Starts a program; `ready` waits until it says that it is. */
+const spawnProgram = Effect.fnUntraced(function*(
   file: string,
-  options: object
-): Effect.fn.Return<Program, never, Scope.Scope> {
+  options: object,
+  nodeOptions: ReadonlyArray<string>
+): Effect.fn.Return<Program & { readonly ready: Effect.Effect<void> }, never, Scope.Scope> {
   const clock = yield* Clock.Clock
   const ended = yield* Deferred.make<Ended>()
   const ready = yield* Deferred.make<void>()
@@ -41,10 +42,12 @@ export const startProgram = Effect.fnUntraced(function*(
   let running = true
   const child = yield* Effect.acquireRelease(
     Effect.sync(() =>
-      spawn(process.execPath, [join(import.meta.dirname, "..", "programs", file), JSON.stringify(options)], {
+      spawn(
+        process.execPath,
+        [...nodeOptions, join(import.meta.dirname, "..", "programs", file), JSON.stringify(options)],
         // The channel is what it dies of when this process does.
-        stdio: ["ignore", "pipe", "pipe", "ipc"]
-      })
+        { stdio: ["ignore", "pipe", "pipe", "ipc"] }
+      )
     ),
     (child) => stop(child, ended)
   )
@@ -61,21 +64,57 @@ export const startProgram = Effect.fnUntraced(function*(
     Deferred.doneUnsafe(ended, Effect.succeed({ code, signal, at }))
     Deferred.doneUnsafe(ready, Effect.die(new Error(`${file} ended with ${code ?? signal}:\n${output}`)))
   })
-  yield* Effect.timeoutOrElse(Deferred.await(ready), {
-    duration: "30 seconds",
-    orElse: () => Effect.die(new Error(`${file} is not ready:\n${output}`))
-  })
   return {
     pid: child.pid!,
     kill: (signal) => Effect.sync(() => child.kill(signal)),
     ended: Deferred.await(ended),
     running: () => running,
-    output: () => output
+    output: () => output,
+    ready: Effect.timeoutOrElse(Deferred.await(ready), {
+      duration: "30 seconds",
+      orElse: () => Effect.die(new Error(`${file} is not ready:\n${output}`))
+    })
   }
+})
+
+/** Starts a program and waits until it says that it is ready. */
+export const startProgram = Effect.fnUntraced(function*(
+  file: string,
+  options: object
+): Effect.fn.Return<Program, never, Scope.Scope> {
+  const program = yield* spawnProgram(file, options, [])
+  yield* program.ready
+  return program
 })
 
 /** Starts a worker process. */
 export const startWorker = (options: WorkerProgram) => startProgram("worker.ts", options)
+
+/** A worker process that is started again whenever it ends, as a supervisor would. */
+export interface Kept {
+  /** The process of the moment; one that has just ended counts until the next one is there. */
+  readonly current: () => Program
+  /** How the processes before it have ended. */
+  readonly ends: () => ReadonlyArray<Ended>
+}
+
+/** Keeps a worker process running in the current scope. It may end before it is ready: a job may be the reason. */
+export const keepWorker = Effect.fnUntraced(function*(
+  options: WorkerProgram,
+  nodeOptions: ReadonlyArray<string> = []
+): Effect.fn.Return<Kept, never, Scope.Scope> {
+  const ends: Array<Ended> = []
+  const first = yield* Deferred.make<void>()
+  let current: Program | undefined
+  const life = Effect.scoped(Effect.gen(function*() {
+    current = yield* spawnProgram("worker.ts", options, nodeOptions)
+    yield* Deferred.succeed(first, undefined)
+    ends.push(yield* current.ended)
+  }))
+  yield* Effect.forkScoped(Effect.forever(life))
+  yield* Deferred.await(first)
+  return { current: () => current!, ends: () => [...ends] }
+})
 
 /** Every process of a PostgreSQL server, the postmaster first. */
 export const serverProcesses = (dataDir: string): ReadonlyArray<number> => {

@@ -145,6 +145,34 @@ export const startedTwice = rows<{ job: string }>(
   "select job::text from ledger where phase = 'start' group by job having count(*) > 1"
 )
 
+/**
+ * From here on every end of a job is written down: by a trigger that also sees a second end, of which the table of
+ * finished jobs would show nothing.
+ */
+export const watchEnds = Effect.gen(function*() {
+  yield* rows("create table public.ending (job uuid not null, worker uuid not null)")
+  yield* rows(`create function public.note_end() returns trigger language plpgsql as
+    $$ begin insert into public.ending values (new.id, new.worker); return new; end $$`)
+  yield* rows(
+    "create trigger note_end before insert on pgqueue.finished for each row execute function public.note_end()"
+  )
+})
+
+/** Jobs that have ended more than once, of those whose ends were watched. */
+export const endedTwice = rows<{ job: string }>("select job::text from ending group by job having count(*) > 1")
+
+/** Jobs that were started more often than the failed and lost attempts in their history explain. */
+export const startedForNothing = rows<{ job: string }>(
+  `select l.job::text from ledger l where l.phase = 'start' group by l.job
+   having count(*) > 1 + (select count(*) from pgqueue.attempt a where a.job = l.job)`
+)
+
+/** Jobs that completed and paid for something else than failing: the first rescue is free, every later one an attempt. */
+export const burnt = rows<{ id: string }>(
+  `select id::text from pgqueue.finished f where status = 'completed' and attempt <> greatest(rescued, 1) +
+     (select count(*) from pgqueue.attempt a where a.job = f.id and a.tag <> 'Lost')`
+)
+
 /** Fails unless every job is in exactly one place, and every lease, line entry and key belongs to one. */
 export const allInPlace = Effect.gen(function*() {
   const { sql } = yield* Ledger

@@ -1,0 +1,101 @@
+/** A worker process that is killed at one point or another in the life of a job: nothing is lost, nothing ends twice. */
+import { assert, describe, it } from "@effect/vitest"
+import { Effect } from "effect"
+import { Flaky, Step } from "./programs/jobs.ts"
+import { makeLink, type Strike } from "./support/link.ts"
+import { startWorker } from "./support/processes.ts"
+import {
+  allInPlace,
+  assertRows,
+  burnt,
+  databaseUrl,
+  endedTwice,
+  rows,
+  startedForNothing,
+  untilAllEnded,
+  value,
+  watchEnds,
+  withQueue
+} from "./support/queue.ts"
+
+const lease = 2000
+const timing = { heartbeat: 300, lease, rescueInterval: 500 }
+const total = 60
+const rounds = process.env["LONG"] === undefined ? 1 : 50
+
+/** By what the requests of a worker are known on a link. */
+const claim = "array_agg(id) from picked"
+const settle = "as i(lease, id, verb"
+const beat = "beat_at = clock_timestamp() where id = $1"
+const ledger = "insert into public.ledger"
+
+const quick = Step.enqueueAll(Array.from({ length: total }, () => ({ millis: 5 })))
+// Heartbeats are rare: these run for long enough to meet some.
+const slow = Step.enqueueAll(Array.from({ length: total }, () => ({ millis: 150 })))
+const flaky = Flaky.enqueueAll(Array.from({ length: total }, () => undefined))
+
+const points = [
+  ["a claim is on its way", { text: claim, at: "sent" }, quick],
+  ["a claim was answered and it has not heard of it", { text: claim, at: "answered" }, quick],
+  ["handlers are about to start", { text: ledger, param: "start", at: "lost" }, quick],
+  ["handlers have ended and nothing is settled", { text: settle, at: "lost" }, quick],
+  ["a settlement is on its way", { text: settle, at: "sent" }, quick],
+  ["a settlement was acknowledged", { text: settle, at: "acknowledged" }, quick],
+  ["the settlement of a failure is on its way", { text: settle, param: "failed", at: "sent" }, flaky],
+  ["a heartbeat is on its way", { text: beat, at: "sent" }, slow]
+] satisfies ReadonlyArray<readonly [when: string, strike: Strike, enqueue: unknown]>
+
+// Together: they mostly wait for leases to end.
+describe.concurrent("a worker process that is killed when", () => {
+  for (const [when, strike, enqueue] of points) {
+    it.live(`${when}, ${rounds} times, loses no job and ends none twice`, () =>
+      withQueue(Effect.gen(function*() {
+        const url = yield* databaseUrl
+        const link = yield* makeLink(url)
+        yield* watchEnds
+        for (let round = 1; round <= rounds; round++) {
+          yield* Effect.scoped(Effect.gen(function*() {
+            const victim = yield* startWorker({ url: link.url, name: `victim ${round}`, concurrency: 10, ...timing })
+            // In the middle of the work, if not at its beginning.
+            link.strike({ ...strike, nth: round === 1 ? 1 : 1 + round % 3 }, () => process.kill(victim.pid, "SIGKILL"))
+            yield* enqueue
+            const { signal } = yield* Effect.timeoutOrElse(victim.ended, {
+              duration: "20 seconds",
+              orElse: () => Effect.die(new Error(`still running:\n${victim.output()}`))
+            })
+            assert.strictEqual(signal, "SIGKILL", victim.output())
+            const before = yield* endedAndStarted
+            assert.isBelow(before.length, round * total, "it was at work")
+            if (strike.at === "acknowledged") assert.isAbove(before.length, (round - 1) * total)
+
+            yield* startWorker({ url, name: `heir ${round}`, concurrency: 10, ...timing })
+            yield* untilAllEnded({ within: lease + 500 * 1.2 + 5000 })
+            // What had ended was over.
+            assert.deepStrictEqual(
+              yield* value<unknown>(
+                `select count(*)::int from jsonb_to_recordset($1::jsonb) as b(id uuid, starts int)
+                 where starts <> (select count(*) from ledger where job = b.id and phase = 'start')`,
+                [JSON.stringify(before)]
+              ),
+              0
+            )
+          }))
+        }
+        yield* assertRows("select status, count(*)::int as count from pgqueue.finished group by 1", [
+          { status: "completed", count: rounds * total }
+        ])
+        assert.deepStrictEqual(yield* endedTwice, [])
+        assert.deepStrictEqual(yield* startedForNothing, [])
+        // One process, one loss: it was free.
+        assert.deepStrictEqual(yield* burnt, [])
+        yield* assertRows("select id from pgqueue.finished where rescued > 1", [])
+        yield* allInPlace
+      })), rounds * 20_000 + 20_000)
+  }
+})
+
+/** How often those jobs have been started that have ended. */
+const endedAndStarted = rows<{ id: string; starts: number }>(
+  `select f.id::text, (select count(*)::int from ledger where job = f.id and phase = 'start') as starts
+   from pgqueue.finished f`
+)
