@@ -1,6 +1,7 @@
 /** A link to PostgreSQL that goes dead, holds back what the server answers, or breaks, session by session or request by request. */
 import { Effect } from "effect"
 import { connect, createServer, type Socket } from "node:net"
+import { endsAnswer, readRequests } from "./wire.ts"
 
 /** The way of a request and its answer, and how far they come. */
 export interface Strike {
@@ -8,6 +9,8 @@ export interface Strike {
   readonly text: string
   /** Part of its parameters, for one of many requests with the same text. */
   readonly param?: string
+  /** Part of the answer, for one that matters; then `at` is `answered`. */
+  readonly answer?: string
   /** The first such request, or a later one. */
   readonly nth?: number
   /**
@@ -39,7 +42,7 @@ export interface Link {
   readonly cut: (text: string) => void
   /**
    * Does something at a point in the life of one request, once. Unless it was acknowledged, the session is dead from then
-   * on, and what did not arrive can be sent on with the returned function.
+   * on; the returned function lets what did not arrive through after all, and what comes after it.
    */
   readonly strike: (strike: Strike, act: () => void) => () => void
 }
@@ -50,64 +53,10 @@ interface Session {
   sent: string
   dead: boolean
   readonly held: Array<Buffer>
-  readonly requests: (chunk: Buffer) => ReadonlyArray<Request>
+  readonly requests: ReturnType<typeof readRequests>
   /** The answer to the request that is out is what is waited for. */
   struck: boolean
 }
-
-interface Request {
-  readonly text: string
-  readonly params: string
-}
-
-/** Reads what a client sends: the requests that are complete with each chunk, prepared ones with their text. */
-const readRequests = (): Session["requests"] => {
-  const prepared = new Map<string, string>()
-  let rest: Buffer = Buffer.alloc(0)
-  let greeted = false
-  let request: Request | undefined
-  return (chunk) => {
-    rest = rest.length === 0 ? chunk : Buffer.concat([rest, chunk])
-    const complete: Array<Request> = []
-    while (true) {
-      // What a session begins with has no type.
-      const head = greeted ? 1 : 0
-      if (rest.length < head + 4) break
-      const end = head + rest.readInt32BE(head)
-      if (rest.length < end) break
-      const type = greeted ? String.fromCharCode(rest[0]!) : ""
-      const body = rest.subarray(head + 4, end)
-      rest = rest.subarray(end)
-      const string = (from: number) => body.toString("latin1", from, body.indexOf(0, from))
-      switch (type) {
-        case "":
-          // The question for encryption is not the beginning yet.
-          greeted = body.readInt32BE(0) !== 80_877_103
-          break
-        case "P":
-          prepared.set(string(0), string(string(0).length + 1))
-          break
-        case "B":
-          request = {
-            text: prepared.get(string(string(0).length + 1)) ?? "",
-            params: body.toString("latin1")
-          }
-          break
-        case "Q":
-          complete.push({ text: string(0), params: "" })
-          break
-        case "S":
-          if (request !== undefined) complete.push(request)
-          request = undefined
-          break
-      }
-    }
-    return complete
-  }
-}
-
-/** ReadyForQuery ends an answer: by now the server has committed, or rolled back. */
-const endsAnswer = (chunk: Buffer) => chunk.at(-6) === 0x5a && chunk.at(-1) === 0x49
 
 /** Starts a link in the current scope. */
 export const makeLink = Effect.fnUntraced(function*(target: string) {
@@ -117,19 +66,23 @@ export const makeLink = Effect.fnUntraced(function*(target: string) {
   let holding: string | undefined
   let dead = 0
   let strike: { readonly on: Strike; readonly act: () => void; left: number } | undefined
-  /** What struck sessions have sent and the server has not seen. */
-  let kept: () => void = () => {}
+  let revive: () => void = () => {}
 
-  const hit = (session: Session) => {
+  const hit = (session: Session, withheld: () => void) => {
     const { act, on } = strike!
     strike = undefined
     session.struck = false
-    if (on.at !== "acknowledged") session.dead = true
+    session.dead = on.at !== "acknowledged"
+    revive = () => {
+      session.dead = false
+      withheld()
+    }
     act()
   }
 
   const server = createServer((client) => {
     const upstream = connect(Number(port), hostname)
+    let answer: Buffer = Buffer.alloc(0)
     const session: Session = {
       client,
       upstream,
@@ -161,19 +114,24 @@ export const makeLink = Effect.fnUntraced(function*(target: string) {
       for (const { params, text } of session.requests(chunk)) {
         if (strike === undefined || session.dead || session.struck) continue
         if (!text.includes(strike.on.text) || !params.includes(strike.on.param ?? "")) continue
-        if (--strike.left === 0) session.struck = true
+        if (--strike.left <= 0) session.struck = true
       }
       if (session.struck && (strike?.on.at === "lost" || strike?.on.at === "sent")) {
         if (strike.on.at === "sent") upstream.write(chunk)
-        else kept = () => void upstream.write(chunk)
-        hit(session)
+        hit(session, () => upstream.write(chunk))
       } else if (!session.dead) upstream.write(chunk)
     })
     upstream.on("data", (chunk) => {
       if (session.dead) return
       if (session.struck) {
-        if (strike?.on.at === "acknowledged") client.write(chunk)
-        if (endsAnswer(chunk)) hit(session)
+        answer = Buffer.concat([answer, chunk])
+        if (!endsAnswer(chunk)) return
+        const whole = answer
+        answer = Buffer.alloc(0)
+        session.struck = false
+        const matters = strike !== undefined && whole.includes(strike.on.answer ?? "")
+        if (!matters || strike?.on.at === "acknowledged") client.write(whole)
+        if (matters) hit(session, () => client.write(whole))
         return
       }
       if (holding !== undefined && session.sent.includes(holding)) session.held.push(chunk)
@@ -216,8 +174,8 @@ export const makeLink = Effect.fnUntraced(function*(target: string) {
     },
     strike: (on, act) => {
       strike = { on, act, left: on.nth ?? 1 }
-      kept = () => {}
-      return () => kept()
+      revive = () => {}
+      return () => revive()
     }
   }
   return link

@@ -1,6 +1,7 @@
 /** A TCP proxy in front of PostgreSQL that can lose what the server answers. */
 import { Effect } from "effect"
 import { connect, createServer, type Socket } from "node:net"
+import { endsAnswer } from "./wire.ts"
 
 /** A running proxy. */
 export interface Proxy {
@@ -53,8 +54,7 @@ export const makeProxy = Effect.fnUntraced(function*(target: string) {
     })
     upstream.on("data", (chunk) => {
       if (!losing) client.write(chunk)
-      // ReadyForQuery ends the answer: by now the server has committed, or rolled back.
-      else if (chunk.at(-6) === 0x5a && chunk.at(-1) === 0x49) {
+      else if (endsAnswer(chunk)) {
         lost++
         client.resetAndDestroy()
       }

@@ -1,0 +1,56 @@
+/** What goes over the wire between a client and PostgreSQL, as far as proxies need to know. */
+
+/** A request: the text of its statement and its parameters as they were sent. */
+export interface Request {
+  readonly text: string
+  readonly params: string
+}
+
+/** Reads what a client sends: the requests that are complete with each chunk, prepared ones with their text. */
+export const readRequests = (): (chunk: Buffer) => ReadonlyArray<Request> => {
+  const prepared = new Map<string, string>()
+  let rest: Buffer = Buffer.alloc(0)
+  let greeted = false
+  let request: Request | undefined
+  return (chunk) => {
+    rest = rest.length === 0 ? chunk : Buffer.concat([rest, chunk])
+    const complete: Array<Request> = []
+    while (true) {
+      // What a session begins with has no type.
+      const head = greeted ? 1 : 0
+      if (rest.length < head + 4) break
+      const end = head + rest.readInt32BE(head)
+      if (rest.length < end) break
+      const type = greeted ? String.fromCharCode(rest[0]!) : ""
+      const body = rest.subarray(head + 4, end)
+      rest = rest.subarray(end)
+      const string = (from: number) => body.toString("latin1", from, body.indexOf(0, from))
+      switch (type) {
+        case "":
+          // The question for encryption is not the beginning yet.
+          greeted = body.readInt32BE(0) !== 80_877_103
+          break
+        case "P":
+          prepared.set(string(0), string(string(0).length + 1))
+          break
+        case "B":
+          request = {
+            text: prepared.get(string(string(0).length + 1)) ?? "",
+            params: body.toString("latin1")
+          }
+          break
+        case "Q":
+          complete.push({ text: string(0), params: "" })
+          break
+        case "S":
+          if (request !== undefined) complete.push(request)
+          request = undefined
+          break
+      }
+    }
+    return complete
+  }
+}
+
+/** ReadyForQuery ends an answer: by now the server has committed, or rolled back. */
+export const endsAnswer = (chunk: Buffer) => chunk.at(-6) === 0x5a && chunk.at(-1) === 0x49
