@@ -1,20 +1,26 @@
 /** Workers outlive their connections and their database. */
 import { assert, describe, it } from "@effect/vitest"
-import { Effect, Exit, Fiber } from "effect"
+import { Context, Effect, Exit, Fiber, Layer } from "effect"
 import { Count, Step } from "./programs/jobs.ts"
 import { ownServer } from "./support/database.ts"
+import { Ledger } from "./support/ledger.ts"
 import { startWorker } from "./support/processes.ts"
 import {
   allInPlace,
   assertRows,
+  burnt,
   databaseUrl,
+  databaseWithLedger,
+  endedTwice,
   now,
   phases,
   rows,
   startedTwice,
   until,
   untilAllEnded,
+  untilValue,
   value,
+  watchEnds,
   withQueue
 } from "./support/queue.ts"
 
@@ -76,15 +82,16 @@ describe("a worker whose every session is terminated every 2 s", () => {
 })
 
 describe("a server that crashes under load", () => {
-  const rounds = long ? 10 : 2
+  const rounds = long ? 20 : 2
 
-  it.live("loses no acknowledged enqueue, and no job ends twice", () =>
+  it.live(`loses no acknowledged enqueue, and no job ends twice, ${rounds} times`, () =>
     Effect.gen(function*() {
       const server = yield* ownServer()
       yield* withQueue(
         Effect.gen(function*() {
           const url = yield* databaseUrl
           const timing = { heartbeat: 500, lease: 5000, rescueInterval: 500 }
+          yield* watchEnds
           const workers = yield* Effect.forEach(
             ["one", "two"],
             (name) => startWorker({ url, name, concurrency: 10, ...timing }),
@@ -128,6 +135,8 @@ describe("a server that crashes under load", () => {
           // An enqueue that failed may have gone through, one per client and crash: its answer is what was lost.
           assert.isAtMost(finished.size, acknowledged.length + refused + 4)
           yield* assertRows("select status from pgqueue.finished where status <> 'completed'", [])
+          assert.deepStrictEqual(yield* endedTwice, [])
+          assert.deepStrictEqual(yield* burnt, [])
           // Only claims of the last instant before a crash may be forgotten.
           const twice = yield* startedTwice
           assert.isBelow(twice.length, rounds * 2 * 100)
@@ -136,6 +145,59 @@ describe("a server that crashes under load", () => {
         { serverUrl: server.url }
       )
     }), 180_000)
+
+  const forgotten = long ? 20 : 1
+
+  it.live(
+    `forgets claims, whose jobs run again and whose first run is interrupted, ${forgotten} times`,
+    () =>
+      Effect.gen(function*() {
+        // What nobody waits for it writes to its disk when it has time, and here it has none.
+        const server = yield* ownServer({ settings: { wal_writer_delay: "10s", autovacuum: "off" } })
+        // What handlers have done is kept elsewhere: it neither vanishes in the crash nor makes this server write.
+        const elsewhere = yield* Layer.build(databaseWithLedger())
+        const ledger = Context.get(elsewhere, Ledger)
+        const runs = (phase: string, jobs: ReadonlyArray<string>) =>
+          Effect.map(
+            ledger.query<{ count: number }>(
+              "select count(*)::int as count from ledger where phase = $1 and job = any ($2::uuid[])",
+              [phase, jobs]
+            ),
+            ([row]) => row!.count
+          )
+        const ledgerUrl = yield* Effect.provideContext(databaseUrl, elsewhere)
+        yield* withQueue(
+          Effect.gen(function*() {
+            const url = yield* databaseUrl
+            yield* watchEnds
+            // Nor does a heartbeat come in between.
+            const timing = { heartbeat: 60_000, lease: 180_000, rescueInterval: 60_000 }
+            const worker = yield* startWorker({ url, ledgerUrl, name: "worker", concurrency: 20, ...timing })
+            for (let round = 1; round <= forgotten; round++) {
+              yield* untilValue("select count(*)::int from pgqueue.worker", 1)
+              const jobs = (yield* Step.enqueueAll([1, 2, 3, 4, 5].map(() => ({ millis: 5000 })))).map(({ id }) => id)
+              yield* until("it runs them", Effect.map(runs("start", jobs), (n) => n === 5))
+              yield* Effect.promise(() => server.pgCtl(["stop", "-m", "immediate"]))
+              yield* Effect.promise(() => server.pgCtl(["start"]))
+              yield* until("it has stopped", Effect.map(runs("interrupted", jobs), (n) => n === 5), { within: 4000 })
+              yield* until("it runs them again", Effect.map(runs("start", jobs), (n) => n === 10), { within: 4000 })
+              yield* untilAllEnded()
+              assert.strictEqual(yield* runs("end", jobs), 5)
+            }
+            assert.isTrue(worker.running(), worker.output())
+            // Nobody was lost, and nothing was spent.
+            yield* assertRows(
+              "select status, attempt::int, rescued::int, count(*)::int as count from pgqueue.finished group by 1, 2, 3",
+              [{ status: "completed", attempt: 1, rescued: 0, count: 5 * forgotten }]
+            )
+            assert.deepStrictEqual(yield* endedTwice, [])
+            yield* allInPlace
+          }),
+          { serverUrl: server.url }
+        )
+      }),
+    30_000 * forgotten + 60_000
+  )
 })
 
 describe("workers that are started before their database", () => {
