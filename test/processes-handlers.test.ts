@@ -31,13 +31,12 @@ describe.concurrent("a handler", () => {
     () =>
       withQueue(Effect.gen(function*() {
         const url = yield* databaseUrl
-        const short = { heartbeat: 200, lease: 1500, rescueInterval: 300 }
-        yield* startWorker({ url, name: "one", ...short })
-        yield* startWorker({ url, name: "other", ...short })
-        yield* Step.enqueueAll(Array.from({ length: 20 }, () => ({ millis: 10 * short.lease })))
+        yield* startWorker({ url, name: "one", ...timing })
+        yield* startWorker({ url, name: "other", ...timing })
+        yield* Step.enqueueAll(Array.from({ length: 20 }, () => ({ millis: 10 * lease })))
         // Each of them looks for what the other one may have lost.
         yield* untilValue("select count(distinct boot)::int from ledger", 2)
-        yield* untilAllEnded({ within: 10 * short.lease + 10_000 })
+        yield* untilAllEnded({ within: 10 * lease + 10_000 })
         yield* assertRows(
           "select phase, count(*)::int as count, count(distinct job)::int as jobs from ledger group by 1 order by 1",
           [{ phase: "end", count: 20, jobs: 20 }, { phase: "start", count: 20, jobs: 20 }]

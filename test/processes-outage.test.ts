@@ -84,7 +84,7 @@ describe("a worker whose every session is terminated every 2 s", () => {
 describe("a server that crashes under load", () => {
   const rounds = long ? 20 : 2
 
-  it.live(`loses no acknowledged enqueue, and no job ends twice, ${rounds} times`, () =>
+  it.live("loses no acknowledged enqueue, and no job ends twice", () =>
     Effect.gen(function*() {
       const server = yield* ownServer()
       yield* withQueue(

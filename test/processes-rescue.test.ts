@@ -80,7 +80,7 @@ describe("a lease of 500 jobs", () => {
       yield* assertRows("select cardinality(ids) as jobs from pgqueue.lease", [{ jobs: 500 }])
       yield* kill(victim)
       yield* startHeir(500)
-      yield* untilAllEnded({ within: lease + sweep * 1.2 + 5000 })
+      yield* untilAllEnded({ within: lease + sweep * 1.2 + 10_000 })
       yield* assertLostOnce(500)
       assert.strictEqual(yield* phases("taken over"), 500)
     })), 60_000)
@@ -113,7 +113,7 @@ describe("settlements that wait in a process that is killed", () => {
       yield* Fiber.join(stranger)
       yield* assertRows("select id from pgqueue.finished", [])
       yield* startHeir(20)
-      yield* untilAllEnded({ within: lease + sweep * 1.2 + 5000 })
+      yield* untilAllEnded({ within: lease + sweep * 1.2 + 10_000 })
       yield* assertLostOnce(20)
     })))
 
@@ -130,7 +130,7 @@ describe("settlements that wait in a process that is killed", () => {
       assert.isBelow(made, 40)
       yield* kill(victim)
       yield* startHeir(40)
-      yield* untilAllEnded({ within: lease + sweep * 1.2 + 5000 })
+      yield* untilAllEnded({ within: lease + sweep * 1.2 + 10_000 })
       yield* assertRows(
         `select rescued::int, attempt::int, status, count(*)::int as count,
            (select count(distinct l.job)::int from ledger l join pgqueue.finished g on g.id = l.job
@@ -177,7 +177,7 @@ describe("a process that rescues", () => {
         yield* startHeir(20, (id) => held.has(id) ? Deferred.await(gate) : Effect.void)
         // It may not judge before it has lived for a lease.
         yield* untilValue("select count(*)::int from ledger where phase = 'taken over'", 20, {
-          within: lease + 2 * sweep * 1.2 + 2000
+          within: lease + 2 * sweep * 1.2 + 5000
         })
         yield* untilValue("select count(*)::int from pgqueue.worker where name = 'rescuer'", 0)
 
@@ -234,7 +234,7 @@ describe("a process that rescues", () => {
         yield* untilValue(`select count(*)::int ${stuck}`, 0)
         yield* Deferred.succeed(gate, undefined)
         yield* Fiber.join(keeper)
-        yield* untilAllEnded({ within: 2 * sweep * 1.2 + 2000 })
+        yield* untilAllEnded({ within: 2 * sweep * 1.2 + 5000 })
         yield* assertLostOnce(20)
         assert.strictEqual(yield* phases("taken over"), 20)
       })),
