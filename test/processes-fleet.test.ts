@@ -36,13 +36,16 @@ describe("a fleet of four worker processes", () => {
         const names = [0, 1, 2, 3].map((n) => `worker ${n}`)
         const fleet = yield* Effect.forEach(names, (name) => keepWorker({ url, name, concurrency: 10, ...timing }))
         let enqueued = 0
-        const producer = yield* Effect.forkChild(Effect.forever(Effect.gen(function*() {
-          if ((yield* value("select count(*)::int from pgqueue.ready")) < 200) {
-            yield* Step.enqueueAll(Array.from({ length: 200 }, (_, n) => ({ millis: 5 + n % 46 })))
-            enqueued += 200
+        let producing = true
+        const producer = yield* Effect.forkChild(Effect.gen(function*() {
+          while (producing) {
+            if ((yield* value("select count(*)::int from pgqueue.ready")) < 200) {
+              yield* Step.enqueueAll(Array.from({ length: 200 }, (_, n) => ({ millis: 5 + n % 46 })))
+              enqueued += 200
+            }
+            yield* Effect.sleep(50)
           }
-          yield* Effect.sleep(50)
-        })))
+        }))
         yield* until("all work", Effect.map(value("select count(distinct boot)::int from ledger"), (n) => n === 4))
 
         // A machine that is slow to start processes has as much more time for everything else.
@@ -85,7 +88,9 @@ describe("a fleet of four worker processes", () => {
           assert.isAbove(took, lease - 300 - 500)
           assert.deepStrictEqual(kept.ends().map(({ signal }) => signal), kept.ends().map(() => "SIGKILL" as const))
         }
-        yield* Fiber.interrupt(producer)
+        // Not interrupted: what it is just enqueueing counts.
+        producing = false
+        yield* Fiber.join(producer)
         yield* untilAllEnded()
 
         yield* assertRows("select status, count(*)::int as count from pgqueue.finished group by 1", [
