@@ -83,7 +83,6 @@ layer(Storage.layer, { excludeTestServices: true })("rescue", (it) => {
       const { store } = yield* Storage
       const held = yield* claimed([keyed("key")])
       const id = held.ids[0]!
-      const due = yield* value<string>("select run_at::text from pgqueue.job")
       yield* silence(held.worker)
       assert.deepStrictEqual(yield* store.reapWorkers(), [{ id: held.worker }])
       assert.deepStrictEqual(yield* store.rescue(10), {
@@ -95,8 +94,9 @@ layer(Storage.layer, { excludeTestServices: true })("rescue", (it) => {
         last: held.lease
       })
       assert.deepInclude(yield* stateOf(id), { place: "ready", attempt: 0, rescued: 1 })
-      assert.strictEqual(yield* value("select run_at::text from pgqueue.job"), due)
-      assert.strictEqual((yield* lineOf(id)).lane, 5)
+      const first = yield* lineOf(id)
+      assert.strictEqual(first.lane, 5)
+      assert.isTrue(first.wait > -1000 && first.wait <= 2000, `due in ${first.wait} ms`)
 
       assert.deepStrictEqual(yield* crash, [id])
       assert.deepInclude(yield* stateOf(id), { place: "ready", attempt: 1, rescued: 2 })
