@@ -21,19 +21,25 @@ export class Storage extends Context.Service<Storage, {
   readonly store: Store.Store
 }>()("effect-pgqueue/test/support/storage") {
   static readonly layer: Layer.Layer<Storage | SqlClient.SqlClient, SqlError.SqlError | Migrations.JobQueueError> =
-    Layer.provideMerge(
-      Layer.effect(
-        Storage,
-        Effect.gen(function*() {
-          const sql = yield* SqlClient.SqlClient
-          const db = yield* Database.make(sql, { maxConnections: 24 })
-          yield* Migrations.run(db.own, schema)
-          return { sql, db, store: Store.make(db, schema) }
-        })
-      ),
-      databaseLayer({ maxConnections: 4 })
-    )
+    Layer.suspend(() => storageLayer())
 }
+
+/** A {@link Storage} on a database of its own, whose sessions begin with these parameters. */
+export const storageLayer = (
+  startupParameters: Readonly<Record<string, string>> = {}
+): Layer.Layer<Storage | SqlClient.SqlClient, SqlError.SqlError | Migrations.JobQueueError> =>
+  Layer.provideMerge(
+    Layer.effect(
+      Storage,
+      Effect.gen(function*() {
+        const sql = yield* SqlClient.SqlClient
+        const db = yield* Database.make(sql, { maxConnections: 24 })
+        yield* Migrations.run(db.own, schema)
+        return { sql, db, store: Store.make(db, schema) }
+      })
+    ),
+    databaseLayer({ maxConnections: 4, startupParameters })
+  )
 
 /** Runs a query on the storage and returns its rows. */
 export const query = Effect.fnUntraced(function*<A extends object = Row>(text: string, params: Array<unknown> = []) {
@@ -232,18 +238,35 @@ const misplacedText = `
   union all select 'a line entry that differs from its job', j.id::text from pgqueue.job j join pgqueue.ready r on r.id = j.id
     where (r.queue, r.run_at, r.kind, r.attempt) is distinct from (j.queue, j.run_at, j.kind, j.attempt)
       or r.lane not in (j.priority + case when j.rescued >= 2 then 100 else 0 end, j.priority + 200)
+  union all select 'a parked job that nobody would bring back', r.id::text from pgqueue.ready r
+    where r.lane >= 200 and not exists (select 1 from pgqueue.parked p where p.queue = r.queue and p.kind = r.kind)
   union all select 'an empty lease', id::text from pgqueue.lease where cardinality(ids) = 0
   union all select 'a key without a job that holds it', k.job::text from pgqueue.unique_key k
     where k.expires_at is null and not exists (select 1 from pgqueue.job j where j.id = k.job and j.unique_key = k.key)
   union all select 'a job without its key', j.id::text from pgqueue.job j
     where j.unique_key is not null and not exists (select 1 from pgqueue.unique_key k where k.key = j.unique_key)`
 
-/** Fails unless every job is in exactly one place, and every lease, line entry and key belongs to one. */
-export const assertInPlace = Effect.map(query(misplacedText), (found) => assert.deepStrictEqual(found, []))
+/** What is not as it should be. */
+export const misplaced = query<{ problem: string; id: string }>(misplacedText)
 
-const emptyText = `truncate ${
-  ["job", "ready", "lease", "worker", "attempt", "finished", "unique_key", "blocked"].map((t) => `${schema}.${t}`)
-}`
+/** Fails unless every job is in exactly one place, and every lease, line entry and key belongs to one. */
+export const assertInPlace = Effect.map(misplaced, (found) => assert.deepStrictEqual(found, []))
+
+/** The tables that a test fills. */
+export const tables = [
+  "job",
+  "ready",
+  "lease",
+  "worker",
+  "attempt",
+  "finished",
+  "archive",
+  "unique_key",
+  "blocked",
+  "parked"
+] as const
+
+const emptyText = `truncate ${tables.map((table) => `${schema}.${table}`)}`
 
 /** The body of a test: on empty tables, and with {@link assertInPlace} at its end. */
 export const rule = <A, E, R>(body: Effect.Effect<A, E, R>) => () =>
