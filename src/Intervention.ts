@@ -93,8 +93,9 @@ const statements = (s: string) => {
     select exists (select 1 from gone) as ended, h.awaited from held h`
 
   // Back in line with all its attempts, and without the key it once held: that may be somebody else's by now. What it
-  // failed with is kept as an attempt. Rows are locked in the order of their ids, so that two of these cannot deadlock.
-  const retry = `with held as materialized (
+  // failed with is kept as an attempt. Rows are locked in the order of their ids, so that two of these cannot deadlock. One
+  // clock for the statement, so that they stand in line in that order too: as a subquery it is read again for every row.
+  const retry = `with clock as materialized (select pg_catalog.clock_timestamp() as now), held as materialized (
       select f.* from ${s}.finished f where f.id = any ($1::uuid[]) and ($2::text = '' or f.status = $2::text) order by f.id for update
     ), gone as (
       delete from ${s}.finished where id = any (array(select id from held)) returning id
@@ -103,7 +104,7 @@ const statements = (s: string) => {
         scheduled_for, payload, progress, retried_at)
       select id, kind, queue, priority, c.now, max_attempts, timeout_ms, snoozed, group_key, trace, metadata, enqueued_at,
         scheduled_for, payload, progress, c.now
-      from held join gone using (id), (select pg_catalog.clock_timestamp() as now) c
+      from held join gone using (id), clock c
       on conflict (id) do nothing returning id, queue, priority, run_at, kind, group_key
     ), line as (
       insert into ${s}.ready (queue, lane, run_at, id, kind, attempt, group_key)
