@@ -172,7 +172,8 @@ export const statements = (s: string) => {
         verb <> 'released' as changed,
         case when verb in ('cancelled', 'discarded') then coalesce(nullif(reason, ''), cancel_reason) else cancel_reason end as end_reason,
         nullif(result, '')::json as end_result,
-        case when tag <> '' then pg_catalog.json_build_object('tag', tag, 'message', nullif(message, ''), 'error', nullif(error, '')::json) end as failure
+        case when tag = '' then null when error = '' then pg_catalog.json_build_object('tag', tag, 'message', nullif(message, ''))
+          else pg_catalog.json_build_object('tag', tag, 'message', nullif(message, ''), 'error', error::json) end as failure
       from (select pg_catalog.clock_timestamp() as now) c, locked l where not key_busy
     ), missing as materialized (
       select c.lease, c.id, exists (select 1 from ${s}.job j where j.id = c.id offset 0) as busy
