@@ -574,7 +574,7 @@ it.live(
         const context = yield* Effect.context<Storage>()
         const property = fc.asyncProperty(sequence, (all) => Effect.runPromiseWith(context)(runSequence(all)))
         yield* Effect.promise(() =>
-          fc.assert(property, { seed: seed + database, numRuns: Math.ceil(runs / databases), endOnFailure: false })
+          fc.assert(property, { seed: seed + database, numRuns: Math.ceil(runs / databases) })
         )
       })
       const [took] = yield* Effect.timed(Effect.forEach(
