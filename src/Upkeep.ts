@@ -54,8 +54,9 @@ const statements = (s: string) => {
     )
     select count(*)::int4 as count from gone`
 
-  // What a worker lists is brought back. When nothing is left, the mark goes, unless another job has been parked since:
-  // then the mark has changed.
+  // What a worker lists is brought back; all of it is due, and saying so keeps the planner on the index. When nothing is
+  // left, the mark goes, unless another job has been parked since: then the mark has changed. There the order is for the
+  // planner: without it a scan of the whole line looks cheap.
   const unpark = `with mine as materialized (
       select p.queue, p.kind, p.since from ${s}.worker w join ${s}.parked p
         on p.queue = any (w.queues) and (p.kind = any (w.kinds) or p.kind ^@ any (w.prefixes))
@@ -65,7 +66,8 @@ const statements = (s: string) => {
       cross join unnest($2::int2[]) as l(lane)
       cross join lateral (
         select r.ctid as tid from ${s}.ready r
-        where r.queue = m.queue and r.lane = l.lane and case when r.kind = any (m.kinds) then true else false end
+        where r.queue = m.queue and r.lane = l.lane and r.run_at <= statement_timestamp()
+          and case when r.kind = any (m.kinds) then true else false end
         order by r.run_at, r.id limit $3::int4 for update skip locked
       ) r
     ), gone as (
@@ -82,13 +84,14 @@ const statements = (s: string) => {
         and not exists (
           select 1 from unnest($2::int2[]) as l(lane) cross join lateral (
             select 1 from ${s}.ready r where r.queue = m.queue and r.lane = l.lane
-              and case when r.kind = m.kind then true else false end limit 1
+              and case when r.kind = m.kind then true else false end order by r.run_at, r.id limit 1
           ) r
         )
     )
     select count(*)::int4 as count, json_agg(distinct queue)::text as queues from gone`
 
   // One page of jobs, held against every place a job can be in; one snapshot, so who moves is in one place or the other.
+  // `offset 0` keeps the look at the line a look-up per job.
   const audit = `with page as materialized (
       select j.id, j.queue, j.priority, j.run_at from ${s}.job j where j.id > $1::uuid order by j.id limit $2::int4
     ), held as materialized (
@@ -100,6 +103,7 @@ const statements = (s: string) => {
         and not exists (
           select 1 from ${s}.ready r
           where r.queue = p.queue and r.lane = any (array[p.priority, 100 + p.priority, 200 + p.priority]) and r.run_at = p.run_at and r.id = p.id
+          offset 0
         )
         and not exists (select 1 from ${s}.blocked b where b.id = p.id)
     ), ',') as misplaced`
