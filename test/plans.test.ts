@@ -26,7 +26,8 @@ interface Plan {
   readonly Plans?: ReadonlyArray<Plan>
 }
 
-const tables = ["job", "ready", "lease", "worker", "attempt", "finished", "unique_key"]
+const tables = ["job", "ready", "lease", "worker", "attempt", "finished", "archive", "unique_key", "parked"]
+const firstId = "00000000-0000-0000-0000-000000000000"
 /** Below this many pages a table is read at once for less than it costs to look anything up, and stays so. */
 const smallTable = 64
 
@@ -60,10 +61,15 @@ const open = Effect.fnUntraced(function*(schema: string) {
           insert into $schema.unique_key (key, job, until) select uuid_send(id), id, 'finished' from source where i % 10 = 0
         ), tried as (
           insert into $schema.attempt (job, n, tag) select id, 1, 'Failed' from source where i % 10 = 1
+        ), old as (
+          insert into $schema.archive (id, kind, queue, priority, status, attempt, max_attempts, rescued, snoozed, metadata,
+            enqueued_at, scheduled_for, payload)
+          select gen_random_uuid(), 'k', 'default', 5, 'completed', 1, 5, 0, 0, '{}', now(), now(), '{}' from source where i % 10 = 2
         )
         insert into $schema.finished (id, kind, queue, priority, status, attempt, max_attempts, rescued, snoozed, metadata,
           enqueued_at, scheduled_for, payload)
-        select gen_random_uuid(), 'k', 'default', 5, 'completed', 1, 5, 0, 0, '{}', now(), now(), '{}' from source`,
+        select gen_random_uuid(), 'k', 'default', 5, case when i % 10 = 3 then 'discarded' else 'completed' end, 1, 5, 0, 0, '{}', now(),
+          now(), '{}' from source`,
       [count]
     )
 
@@ -91,7 +97,7 @@ const open = Effect.fnUntraced(function*(schema: string) {
     "default",
     lanes,
     lanes.map(() => "-1"),
-    lanes.map(() => "00000000-0000-0000-0000-000000000000"),
+    lanes.map(() => firstId),
     kinds,
     ["report:"],
     100
@@ -143,30 +149,64 @@ const look = Effect.fnUntraced(function*(at: Filled) {
   yield* explain("claim of unknown kinds", texts.claim, at.claimParams(["nothing", "else"]))
   yield* explain("settle of 1", texts.settle, Settlement.columnsOf(at.me, entries.slice(0, 1)))
   yield* explain("settle of 400", texts.settle, Settlement.columnsOf(at.me, entries))
-  yield* explain("rescue", texts.rescue, [100, "00000000-0000-0000-0000-000000000000"])
+  yield* explain("rescue", texts.rescue, [100, firstId])
   yield* explain("release", texts.release, [at.me, [...new Set(entries.map((one) => one.lease))]])
   yield* explain("beat", texts.beat, [at.me])
   yield* explain("look", texts.look, [["default", "nothing"], at.lanes, ["10000000000000", "20"]])
   yield* explain("reap", texts.reap, [])
 
+  const idsOf = (table: string, count: number) =>
+    Effect.map(
+      at.query<{ id: string }>(`select id::text as id from $schema.${table} limit $1::int4`, [count]),
+      (rows) => rows.map(({ id }) => id)
+    )
+  const waiting = (yield* idsOf("ready", 1))[0]!
+  const ended = yield* idsOf("finished", 1000)
+  const { id, lease } = entries[0]!
+  for (const one of [waiting, id]) yield* explain(`lock and cancel of ${one}`, texts.lock, [one])
+  yield* explain("cancel", texts.cancel, [waiting, "why"])
+  for (const count of [1, 500]) yield* explain(`retry of ${count}`, texts.retry, [ended.slice(0, count), "discarded"])
+  yield* explain("erase", texts.erase, [ended[0]])
+  for (const kind of ["", "k"]) {
+    yield* explain(`discarded of "${kind}"`, texts.discarded, [kind, "", "-1", firstId, "4000000000000000", 500])
+  }
+  yield* explain("inspect", texts.inspect, [id])
+  yield* explain("attempts", texts.attempts, [id])
+  for (const count of [1, 1000]) yield* explain(`ends of ${count}`, texts.ends, [ended.slice(0, count)])
+  yield* explain("awaits", texts.awaits, [id])
+  yield* explain("progress", texts.progress, [lease, id, "1"])
+  yield* explain("detach", texts.detach, [lease, id, uuid()])
+  yield* explain("park", texts.park, parkParams)
+  yield* explain("unpark", texts.unpark, [at.me, parkedLanes, 2000])
+  yield* explain("audit", texts.audit, [firstId, 5000])
+  yield* explain("lockMisplaced", texts.lockMisplaced, [entries.map((one) => one.id)])
+
   for (const [name, plan] of Object.entries(plans)) {
     const nodes = nodesOf(plan)
     const on = (table: string) => nodes.filter((n) => n["Relation Name"] === table && n["Node Type"] !== "ModifyTable")
-    for (const table of ["job", "ready", "finished", "unique_key", "attempt"]) {
+    for (const table of ["job", "ready", "finished", "archive", "unique_key", "attempt"]) {
       for (const node of on(table)) {
         const where = `${name}: ${node["Node Type"]} on ${table}`
         if (small(table) && node["Node Type"] === "Seq Scan") continue
+        // A page of the audit is 5 000 jobs, and of fewer pages than that a scan reads no more.
+        if (name === "audit" && table === "job" && pages.get("job")! < 5000) continue
         assert.notStrictEqual(node["Node Type"], "Seq Scan", where)
         if (node["Node Type"] === "Tid Scan") continue
         if (table === "ready") {
           assert.match(node["Node Type"], /^Index (Only )?Scan$/, where)
           assert.strictEqual(node["Index Name"], "ready_pkey", where)
-          assert.match(condition(node), /queue = .*lane = .*run_at/, where)
+          // What is parked is read from the front of its lane, whenever it is due.
+          assert.match(condition(node), name === "unpark" ? /queue = .*lane = / : /queue = .*lane = .*run_at/, where)
           if (name.startsWith("claim")) {
             assert.match(condition(node), /ROW\([\w.]*run_at, [\w.]*id\) > ROW.*run_at <= statement_timestamp/, where)
           }
+        } else if (name.startsWith("discarded")) {
+          // In order, or all of the discarded and sorted when there seem to be few; never the others.
+          assert.match(condition(node), /status = .*finished_at/, where)
+        } else if (name === "audit" && table === "job") {
+          assert.match(condition(node), /\bid > /, where)
         } else {
-          const key = { job: "id", finished: "id", unique_key: "key", attempt: "job" }[table]!
+          const key = { job: "id", archive: "id", finished: "id", unique_key: "key", attempt: "job" }[table]!
           assert.match(condition(node), new RegExp(`\\b${key} = `), where)
         }
       }
@@ -186,6 +226,9 @@ const look = Effect.fnUntraced(function*(at: Filled) {
   }
   yield* at.store.release(at.me, [...new Set(entries.map((one) => one.lease))])
 })
+
+const parkedLanes = Store.priorityLanes.map((lane) => 200 + lane)
+const parkParams = [[...Store.priorityLanes, ...Store.suspectLanes], 2000]
 
 layer(databaseLayer({ maxConnections: 2 }), { excludeTestServices: true, timeout: "2 minutes" })("plans", (it) => {
   it.effect(
@@ -214,17 +257,17 @@ layer(databaseLayer({ maxConnections: 2 }), { excludeTestServices: true, timeout
         yield* look(at)
         yield* at.fill(940_000)
         yield* look(at)
-        yield* bounded(at)
+        yield* bounded(at, false)
         yield* at.analyze
         yield* look(at)
-        yield* bounded(at)
+        yield* bounded(at, true)
       })),
     120_000
   )
 })
 
 /** What the statements really touch, with 1 000 000 jobs waiting. */
-const bounded = Effect.fnUntraced(function*(at: Filled) {
+const bounded = Effect.fnUntraced(function*(at: Filled, fresh: boolean) {
   const analyzed = (text: string, params: ReadonlyArray<unknown>) =>
     at.explain(text, params, "analyze, buffers, timing off")
   const claim = yield* analyzed(at.store.texts.claim, at.claimParams(["k"]))
@@ -233,6 +276,28 @@ const bounded = Effect.fnUntraced(function*(at: Filled) {
   // A few pages a probe, and one for each row that the claims above have left dead at the front, where no vacuum has been:
   // 100 to 330 in all. A scan of the line reads over ten thousand.
   assert.isBelow(reads(look), 1000, "buffers of a look")
+
+  const reading = Effect.fnUntraced(function*(text: string, params: ReadonlyArray<unknown>) {
+    return reads(yield* analyzed(text, params))
+  })
+  // The first one reads the catalog.
+  yield* reading(at.store.texts.park, parkParams)
+  // A page or two for each of the 2 000 rows at the front.
+  assert.isBelow(yield* reading(at.store.texts.park, parkParams), 5000, "buffers of a look for what to park")
+  yield* reading(at.store.texts.unpark, [at.me, parkedLanes, 2000])
+  assert.isBelow(
+    yield* reading(at.store.texts.unpark, [at.me, parkedLanes, 2000]),
+    100,
+    "buffers of nothing to bring back"
+  )
+  if (fresh) {
+    for (const kind of ["", "k"]) {
+      const page = [kind, "", "-1", firstId, "4000000000000000", 500]
+      assert.isBelow(yield* reading(at.store.texts.discarded, page), 2000, "buffers of a page of the discarded")
+    }
+  }
+  // One probe of the line for each job.
+  assert.isBelow(yield* reading(at.store.texts.audit, [firstId, 5000]), 50_000, "buffers of an audit of 5 000")
 
   const settle = Effect.fnUntraced(function*(count: number) {
     const entries = yield* at.settlement(count)
