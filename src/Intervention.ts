@@ -95,10 +95,12 @@ const statements = (s: string) => {
   // Back in line with all its attempts, and without the key it once held: that may be somebody else's by now. What it
   // failed with is kept as an attempt. Rows are locked in the order of their ids, so that two of these cannot deadlock. One
   // clock for the statement, so that they stand in line in that order too: as a subquery it is read again for every row.
-  // The condition on the status is opaque: the planner would rather read all that ended so.
+  // A forced look-up per job, and an opaque condition on the status: the planner would rather read all that ended so.
   const retry = `with clock as materialized (select pg_catalog.clock_timestamp() as now), held as materialized (
-      select f.* from ${s}.finished f
-      where f.id = any ($1::uuid[]) and case when $2::text = '' or f.status = $2::text then true else false end order by f.id for update
+      select f.* from (select distinct i.id from pg_catalog.unnest($1::uuid[]) as i(id) order by i.id) i cross join lateral (
+        select f.* from ${s}.finished f
+        where f.id = i.id and case when $2::text = '' or f.status = $2::text then true else false end for update
+      ) f
     ), gone as (
       delete from ${s}.finished where id = any (array(select id from held)) returning id
     ), back as (
