@@ -163,7 +163,7 @@ const look = Effect.fnUntraced(function*(at: Filled) {
   const waiting = (yield* idsOf("ready", 1))[0]!
   const ended = yield* idsOf("finished", 1000)
   const { id, lease } = entries[0]!
-  for (const one of [waiting, id]) yield* explain(`lock and cancel of ${one}`, texts.lock, [one])
+  for (const one of [waiting, id]) yield* explain(`lock of ${one}`, texts.lock, [one])
   yield* explain("cancel", texts.cancel, [waiting, "why"])
   for (const count of [1, 500]) yield* explain(`retry of ${count}`, texts.retry, [ended.slice(0, count), "discarded"])
   yield* explain("erase", texts.erase, [ended[0]])
@@ -179,7 +179,6 @@ const look = Effect.fnUntraced(function*(at: Filled) {
   yield* explain("park", texts.park, parkParams)
   yield* explain("unpark", texts.unpark, [at.me, parkedLanes, 2000])
   yield* explain("audit", texts.audit, [firstId, 5000])
-  yield* explain("lockMisplaced", texts.lockMisplaced, [entries.map((one) => one.id)])
 
   for (const [name, plan] of Object.entries(plans)) {
     const nodes = nodesOf(plan)
@@ -195,8 +194,13 @@ const look = Effect.fnUntraced(function*(at: Filled) {
         if (table === "ready") {
           assert.match(node["Node Type"], /^Index (Only )?Scan$/, where)
           assert.strictEqual(node["Index Name"], "ready_pkey", where)
-          // What is parked is read from the front of its lane, whenever it is due.
-          assert.match(condition(node), name === "unpark" ? /queue = .*lane = / : /queue = .*lane = .*run_at/, where)
+          // A short line is read as quickly without its lanes, and whether anything is parked has nothing to do with time.
+          const wanted = small("ready") && /^(cancel|audit)/.test(name)
+            ? /queue = .*run_at/
+            : name === "unpark"
+            ? /queue = .*lane = /
+            : /queue = .*lane = .*run_at/
+          assert.match(condition(node), wanted, where)
           if (name.startsWith("claim")) {
             assert.match(condition(node), /ROW\([\w.]*run_at, [\w.]*id\) > ROW.*run_at <= statement_timestamp/, where)
           }
