@@ -44,6 +44,7 @@ const hearing = () => {
   const wakeup: Wakeup.Wakeup = {
     mark: (queue) => words.push(`due ${queue}`),
     tell: (news, id) => words.push(`${news} ${id}`),
+    tellHere: (news, id) => words.push(`${news} ${id}`),
     subscribe: () => Effect.void,
     listen: Effect.void
   }
