@@ -177,7 +177,6 @@ layer(Layer.provideMerge(JobQueue.layer(), Storage.layer), { excludeTestServices
       const reasons = [
         ["a\0b", "a\uFFFDb"],
         ["\uD800x", "\uFFFDx"],
-        ["ü".repeat(5000), "ü".repeat(4094)],
         ["'; drop table pgqueue.job; --", "'; drop table pgqueue.job; --"],
         ["", undefined],
         [undefined, undefined]
@@ -188,8 +187,15 @@ layer(Layer.provideMerge(JobQueue.layer(), Storage.layer), { excludeTestServices
         yield* Admin.cancel(waiting.id, { reason })
         const kept = some((yield* details(waiting.id)).reason)
         assert.strictEqual(kept, expected)
-        assert.isAtMost(Buffer.byteLength(kept ?? ""), 8192)
       }
+      const long = job()
+      yield* store.insert([long], false)
+      yield* Admin.cancel(long.id, { reason: "ü".repeat(5000) })
+      const kept = some((yield* details(long.id)).reason)!
+      // Cut between two characters.
+      assert.match(kept, /^ü+$/)
+      const bytes = Buffer.byteLength(kept)
+      assert.isTrue(bytes > 8180 && bytes <= 8192, `${bytes} bytes`)
     }))
   )
 
