@@ -25,7 +25,8 @@ const statements = (s: string) => {
 
   // Due jobs that every claim from the front passes, because no live worker of their queue lists their kind, go to lanes
   // that no claim reads. Only the front of each lane is looked at: what stands further back is in nobody's way.
-  // By ctid, because rows of the line are never updated.
+  // By ctid, because rows of the line are never updated. With the job's row locked: whoever acts on the job meanwhile has
+  // to see where it stands now, and a job in somebody's hands stays where it is.
   const park = `with front as materialized (
       select r.tid, r.queue, r.kind from (select distinct q.queue from ${s}.worker w cross join unnest(w.queues) as q(queue)) q
       cross join unnest($1::int2[]) as l(lane)
@@ -43,7 +44,8 @@ const statements = (s: string) => {
       select f.tid from front f where case when (f.queue, f.kind) in (select queue, kind from strange) then true else false end
     ), gone as (
       delete from ${s}.ready where ctid = any (array(
-        select r.ctid from ${s}.ready r where r.ctid = any (array(select tid from picked)) for update skip locked
+        select r.ctid from ${s}.ready r cross join lateral (select j.id from ${s}.job j where j.id = r.id for update skip locked) j
+        where r.ctid = any (array(select tid from picked)) for update of r skip locked
       )) returning queue, lane, run_at, id, kind, attempt, group_key
     ), parked as (
       insert into ${s}.ready (queue, lane, run_at, id, kind, attempt, group_key)
@@ -65,11 +67,11 @@ const statements = (s: string) => {
       select r.tid from (select queue, array_agg(kind) as kinds from mine group by queue) m
       cross join unnest($2::int2[]) as l(lane)
       cross join lateral (
-        select r.ctid as tid from ${s}.ready r
+        select r.ctid as tid, r.id from ${s}.ready r
         where r.queue = m.queue and r.lane = l.lane and r.run_at <= statement_timestamp()
           and case when r.kind = any (m.kinds) then true else false end
         order by r.run_at, r.id limit $3::int4 for update skip locked
-      ) r
+      ) r cross join lateral (select j.id from ${s}.job j where j.id = r.id for update skip locked) j
     ), gone as (
       delete from ${s}.ready where ctid = any (array(select tid from picked))
       returning queue, lane, run_at, id, kind, attempt, group_key
