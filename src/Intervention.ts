@@ -188,11 +188,16 @@ const statements = (s: string) => {
   // Only what is not marked yet: waiting for a job must not write it again and again.
   const awaits = `update ${s}.job set awaited = true where id = $1::uuid and not awaited`
 
-  // Fenced by the lease: a handler that has lost its job says nothing more of it.
-  const progress = `with held as materialized (
-      select l.id from ${s}.lease l where l.id = $1::uuid and $2::uuid = any (l.ids) for key share
+  // Fenced by the lease: a handler that has lost its job says nothing more of it. The job's row comes first: it may be in a
+  // stranger's hands for long, and who waits with the lease locked holds up every settle of it.
+  const progress = `with mine as materialized (
+      select j.id from ${s}.job j where j.id = $2::uuid for no key update
+    ), held as materialized (
+      select m.id from mine m cross join lateral (
+        select l.id from ${s}.lease l where l.id = $1::uuid and m.id = any (l.ids) for key share
+      ) l
     )
-    update ${s}.job set progress = $3::json where id = any (array(select $2::uuid from held))`
+    update ${s}.job set progress = $3::json where id = any (array(select id from held))`
 
   return { lock, cancel, retry, erase, discarded, inspect, attempts, ends, awaits, progress }
 }
