@@ -8,6 +8,7 @@ import * as Migrations from "../src/Migrations.ts"
 import * as Store from "../src/Store.ts"
 import { rows, withQueue } from "./support/queue.ts"
 import {
+  blocked,
   bury,
   claim,
   claimed,
@@ -15,6 +16,7 @@ import {
   failure,
   job,
   jobs,
+  join,
   keyed,
   makeDue,
   query,
@@ -872,6 +874,41 @@ layer(Layer.provideMerge(JobQueue.layer(), Storage.layer), { excludeTestServices
       )
       assert.isTrue(Database.isDataFault(error))
       yield* store.progress(held.lease, held.ids[0]!, text(Migrations.maxProgressBytes))
+    }))
+  )
+
+  it.effect(
+    "progress that waits for a stranger's transaction holds up no settle of its lease, and counts when it is over",
+    rule(Effect.gen(function*() {
+      const { store } = yield* Storage
+      const held = yield* claimed(jobs(2))
+      const [mine, neighbour] = held.ids as [string, string]
+      const stranger = yield* session
+      yield* stranger.query("begin")
+      yield* stranger.query("select 1 from pgqueue.job where id = $1::uuid for update", [mine])
+      const late = yield* blocked(store.progress(held.lease, mine, "1"))
+      // Not even for a moment: it would give up.
+      const hasty = yield* session
+      yield* hasty.query("set lock_timeout = 1000")
+      assert.deepStrictEqual(yield* hasty.store.settle(held.worker, [entry(held.lease, neighbour, "completed")]), [])
+      yield* stranger.query("commit")
+      yield* join(late)
+      assert.deepStrictEqual((yield* details(mine)).progress, Option.some(1))
+    }))
+  )
+
+  it.effect(
+    "progress that has waited says nothing of a job that has left its lease meanwhile",
+    rule(Effect.gen(function*() {
+      const { store } = yield* Storage
+      const held = yield* claimed([job()])
+      const settling = yield* session
+      yield* settling.query("begin")
+      yield* settling.store.settle(held.worker, [entry(held.lease, held.ids[0]!, "snoozed", { delay: 0 })])
+      const late = yield* blocked(store.progress(held.lease, held.ids[0]!, "1"))
+      yield* settling.query("commit")
+      yield* join(late)
+      assert.isTrue(Option.isNone((yield* details(held.ids[0]!)).progress))
     }))
   )
 

@@ -379,6 +379,49 @@ layer(Storage.layer, { excludeTestServices: true })("upkeep", (it) => {
     }))
   )
 
+  for (const what of ["park", "unpark"] as const) {
+    /** A job that is about to be moved, and how. */
+    const about = Effect.gen(function*() {
+      const { store } = yield* Storage
+      yield* worker()
+      const strange = job({ kind: "strange" })
+      yield* store.insert([strange], false)
+      if (what === "park") return { id: strange.id, move: (by: Store.Store) => by.park(lanes, 100) }
+      yield* store.park(lanes, 100)
+      const handler = yield* worker({ kinds: ["strange"] })
+      return { id: strange.id, move: (by: Store.Store) => Effect.map(by.unpark(handler, 100), ({ count }) => count) }
+    })
+
+    it.effect(
+      `a job that is cancelled while it moves has ended: ${what} first`,
+      rule(Effect.gen(function*() {
+        const { store } = yield* Storage
+        const { id, move } = yield* about
+        const moving = yield* session
+        yield* moving.query("begin")
+        assert.strictEqual(yield* move(moving.store), 1)
+        const cancelling = yield* blocked(store.cancel(id, "enough", false))
+        yield* moving.query("commit")
+        assert.deepInclude(yield* join(cancelling), { status: "cancelled" })
+        assert.deepInclude(yield* stateOf(id), { place: "finished", status: "cancelled", reason: "enough" })
+      }))
+    )
+
+    it.effect(
+      `a job that is cancelled while it would move has ended: ${what} passes it by`,
+      rule(Effect.gen(function*() {
+        const { sql, store } = yield* Storage
+        const { id, move } = yield* about
+        yield* sql.withTransaction(Effect.gen(function*() {
+          assert.deepInclude(yield* store.cancel(id, "enough", true), { status: "cancelled" })
+          assert.strictEqual(yield* move(store), 0)
+        }))
+        assert.strictEqual(yield* move(store), 0)
+        assert.deepInclude(yield* stateOf(id), { place: "finished", status: "cancelled" })
+      }))
+    )
+  }
+
   // ---------------------------------------------------------------------------
   // Jobs in no place
   // ---------------------------------------------------------------------------
