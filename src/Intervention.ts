@@ -185,8 +185,10 @@ const statements = (s: string) => {
       ) e limit 1
     ) e`
 
-  // Only what is not marked yet: waiting for a job must not write it again and again.
-  const awaits = `update ${s}.job set awaited = true where id = $1::uuid and not awaited`
+  // Only what is not marked yet: waiting for a job must not write it again and again. A job in a stranger's hands is not
+  // waited for: its end is then found by looking.
+  const awaits = `update ${s}.job set awaited = true where id = any (array(
+      select j.id from ${s}.job j where j.id = $1::uuid and not j.awaited for update skip locked))`
 
   // Fenced by the lease: a handler that has lost its job says nothing more of it. The job's row comes first: it may be in a
   // stranger's hands for long, and who waits with the lease locked holds up every settle of it.
