@@ -835,6 +835,25 @@ layer(Layer.provideMerge(JobQueue.layer(), Storage.layer), { excludeTestServices
     }))
   )
 
+  it.effect(
+    "a stranger's transaction on a job holds up nobody who begins to wait for its end",
+    rule(Effect.gen(function*() {
+      const { store } = yield* Storage
+      const waiting = job()
+      yield* store.insert([waiting], false)
+      const stranger = yield* session
+      yield* stranger.query("begin")
+      yield* stranger.query("select 1 from pgqueue.job for update")
+      const hasty = yield* session
+      yield* hasty.query("set lock_timeout = 1000")
+      // It is not marked, so the end is found by looking.
+      yield* unchanged(hasty.store.awaits(waiting.id))
+      yield* stranger.query("commit")
+      yield* store.awaits(waiting.id)
+      assert.deepInclude(yield* store.cancel(waiting.id, "", false), { awaited: true })
+    }))
+  )
+
   // ---------------------------------------------------------------------------
   // What a handler says, and a lease of its own
   // ---------------------------------------------------------------------------
