@@ -3,7 +3,7 @@
  * model in `support/model.ts`. `MODEL_RUNS` says how many sequences, `MODEL_SEED` repeats those of an earlier run.
  */
 import { assert, it } from "@effect/vitest"
-import { Effect } from "effect"
+import { Duration, Effect } from "effect"
 import * as fc from "fast-check"
 import type { Verb } from "../src/Settlement.ts"
 import * as Store from "../src/Store.ts"
@@ -567,9 +567,10 @@ const runSequence = Effect.fnUntraced(function*(
 })
 
 it.live(
-  `the storage is what the model says: ${runs} sequences of seed ${seed}`,
+  "the storage is what the model says",
   () =>
     Effect.gen(function*() {
+      yield* Effect.logInfo(`model: ${runs} sequences of MODEL_SEED=${seed}`)
       const each = Effect.fnUntraced(function*(database: number) {
         const context = yield* Effect.context<Storage>()
         const property = fc.asyncProperty(sequence, (all) => Effect.runPromiseWith(context)(runSequence(all)))
@@ -582,7 +583,7 @@ it.live(
         (database) => Effect.provide(each(database), storageLayer({ synchronous_commit: "off" })),
         { concurrency: databases }
       ))
-      yield* Effect.logInfo(`model: seed ${seed}, ${JSON.stringify(done)} in ${took}`)
+      yield* Effect.logInfo(`model: ${JSON.stringify(done)} in ${Math.round(Duration.toMillis(took))} ms`)
     }),
   3_600_000
 )
