@@ -306,14 +306,22 @@ const emptyText = `with ${
   tables.map((table) => `${table}_ as (delete from pgqueue.${table})`).join(", ")
 } select 1 as done`
 
-/** A random back-off is a few seconds at least: moved out of reach of a slow machine. */
-const holdBack = query(`with early as (
-    delete from pgqueue.ready where run_at between clock_timestamp() and clock_timestamp() + interval '1 hour' returning *
-  ), late as (
-    insert into pgqueue.ready (queue, lane, run_at, id, kind, attempt)
-    select queue, lane, run_at + interval '1 day', id, kind, attempt from early returning id, run_at
+/** A random back-off, which may be over by now: what the model says is later is moved out of reach of any machine. */
+const holdBack = (model: Model.Model) =>
+  query(
+    `with early as (
+      delete from pgqueue.ready where id = any ($1::uuid[]) and run_at < clock_timestamp() + interval '1 hour' returning *
+    ), late as (
+      insert into pgqueue.ready (queue, lane, run_at, id, kind, attempt)
+      select queue, lane, clock_timestamp() + interval '1 day', id, kind, attempt from early returning id, run_at
+    )
+    update pgqueue.job j set run_at = late.run_at from late where late.id = j.id`,
+    [
+      [...model.jobs.values()].filter(({ due, place }) => place.at === "line" && due === Model.later).map(({ id }) =>
+        id
+      )
+    ]
   )
-  update pgqueue.job j set run_at = late.run_at from late where late.id = j.id`)
 
 const day = 86_400_000
 
@@ -555,7 +563,7 @@ const runSequence = Effect.fnUntraced(function*(
     model.now++
     yield* run(command)
     if (model.backedOff) {
-      yield* holdBack
+      yield* holdBack(model)
       model.backedOff = false
     }
     yield* assertStored(model, JSON.stringify(command))

@@ -390,6 +390,7 @@ layer(Layer.provideMerge(JobQueue.layer(), Storage.layer), { excludeTestServices
       const killer = job({ maxAttempts: 1 })
       yield* store.insert([killer], false)
       for (let crash = 0; crash < 2; crash++) {
+        yield* makeDue
         const victim = yield* worker()
         yield* claim(victim)
         yield* bury(victim)
@@ -748,6 +749,7 @@ layer(Layer.provideMerge(JobQueue.layer(), Storage.layer), { excludeTestServices
       yield* claim(victim)
       yield* bury(victim)
       yield* store.rescue(10)
+      yield* makeDue
       const last = yield* worker()
       const { lease } = yield* claim(last)
       yield* store.settle(last, [

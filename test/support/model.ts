@@ -289,7 +289,6 @@ const settleOne = (model: Model, { delay, id, lease, reason, result, tag, verb }
     : verb === "failed" && (delay === "none" || used) || lost && counts && used
     ? "discarded"
     : null
-  const backedOff = lost && job.rescued > 0
   const failed = job.attempt + 1
   const next: ModelJob = {
     ...job,
@@ -297,8 +296,9 @@ const settleOne = (model: Model, { delay, id, lease, reason, result, tag, verb }
     rescued: job.rescued + (lost ? 1 : 0),
     snoozed: job.snoozed + (verb === "snoozed" ? 1 : 0),
     place: { at: "line", parked: false },
+    // Apart from the others that were lost with it, and later each time.
     due: lost
-      ? backedOff ? later : job.due
+      ? later
       : verb === "released" || delay === "none"
       ? job.due
       : delay === "later"
@@ -312,7 +312,7 @@ const settleOne = (model: Model, { delay, id, lease, reason, result, tag, verb }
   } else {
     model.jobs.set(id, next)
     if (tag !== undefined) record(model, id, { n: failed, tag })
-    if (backedOff) model.backedOff = true
+    if (lost) model.backedOff = true
   }
   return status
 }
