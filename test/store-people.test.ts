@@ -450,6 +450,21 @@ layer(Layer.provideMerge(JobQueue.layer(), Storage.layer), { excludeTestServices
   )
 
   it.effect(
+    "jobs that are retried together stand in line at one time, in the order of their ids",
+    rule(Effect.gen(function*() {
+      const { store } = yield* Storage
+      const held = yield* claimed(jobs(50))
+      // They ended in another order.
+      for (const id of held.ids.toReversed()) {
+        yield* store.settle(held.worker, [entry(held.lease, id, "failed", { failure })])
+      }
+      yield* store.retry(held.ids.toReversed(), undefined, false)
+      assert.strictEqual(yield* value("select count(distinct run_at)::int4 from pgqueue.ready"), 1)
+      assert.deepStrictEqual((yield* claim(held.worker)).ids, held.ids)
+    }))
+  )
+
+  it.effect(
     "two retries of many jobs at once, in opposite orders, bring each back once",
     rule(Effect.gen(function*() {
       const { store } = yield* Storage
