@@ -396,7 +396,7 @@ export const start = Effect.fnUntraced(function*(options: {
       const check = () => {
         if ([...runs].every(({ interruption }) => interruption === "timeout")) Deferred.doneUnsafe(done, Effect.void)
       }
-      for (const running of runs) running.fiber!.addObserver(check)
+      for (const running of runs) running.fiber?.addObserver(check)
       check()
       return Effect.ignore(Bounded.bounded(Deferred.await(done), millis))
     })
@@ -407,6 +407,8 @@ export const start = Effect.fnUntraced(function*(options: {
 
   const drain = Effect.gen(function*() {
     stopping = true
+    // A handler may have told the worker to stop: first let it come to where it waits, and its fork return.
+    yield* Effect.yieldNow
     const begun = now()
     const left = () => Math.max(200, options.gracePeriod + 3000 - (now() - begun))
     lines.forEach(handBackBuffer)

@@ -152,3 +152,31 @@ describe("the timeout of a job", () => {
       yield* Deferred.succeed(end, undefined)
     })))
 })
+
+describe("a worker that is closed by its own handler", () => {
+  it.live("before that handler has come to wait for anything stops it and hands its job back", () =>
+    withQueue(Effect.gen(function*() {
+      const scope = yield* Scope.make()
+      const stop = yield* Deferred.make<void>()
+      let interrupted = false
+      const handler = Effect.suspend(() => {
+        // Whoever waits for this goes on at once, in the middle of this handler.
+        Deferred.doneUnsafe(stop, Effect.void)
+        return Effect.onInterrupt(Effect.never, () =>
+          Effect.sync(() => {
+            interrupted = true
+          }))
+      })
+      yield* Layer.buildWithScope(
+        Layer.fresh(Worker.layer({ jobs: [Note], gracePeriod: 0 }).pipe(Layer.provide(Note.toLayer(() => handler)))),
+        scope
+      )
+      yield* Note.enqueue({ n: 1 })
+      yield* Deferred.await(stop)
+      yield* Scope.close(scope, Exit.void)
+      assert.isTrue(interrupted)
+      yield* assertRows("select attempt::int, rescued::int from pgqueue.job", [{ attempt: 0, rescued: 0 }])
+      yield* assertRows("select name from pgqueue.worker", [])
+      yield* allInPlace
+    })))
+})
