@@ -59,7 +59,8 @@ describe("a handler", () => {
           ...info,
           enqueuedAt: DateTime.toDate(info.enqueuedAt),
           scheduledFor: DateTime.toDate(info.scheduledFor),
-          lastFailure: info.lastFailure._tag
+          lastFailure: info.lastFailure._tag,
+          progress: info.progress._tag
         },
         {
           id,
@@ -71,7 +72,8 @@ describe("a handler", () => {
           enqueuedAt: times.enqueued_at,
           scheduledFor: times.scheduled_for,
           metadata: { tenant: "t" },
-          lastFailure: "None"
+          lastFailure: "None",
+          progress: "None"
         }
       )
       assert.deepInclude(annotations[0], { "job.id": id, "job.kind": "task", "job.queue": "tasks", "job.attempt": 1 })

@@ -261,7 +261,7 @@ describe("a payload arrives as it was", () => {
       assert.strictEqual(id, "0190aaaa-0000-7000-8000-000000000001")
       const info = infos[0]!
       assert.deepStrictEqual(
-        { ...info, enqueuedAt: 0, scheduledFor: 0, lastFailure: info.lastFailure._tag },
+        { ...info, enqueuedAt: 0, scheduledFor: 0, lastFailure: info.lastFailure._tag, progress: info.progress._tag },
         {
           id,
           kind: "text",
@@ -272,7 +272,8 @@ describe("a payload arrives as it was", () => {
           enqueuedAt: 0,
           scheduledFor: 0,
           metadata,
-          lastFailure: "None"
+          lastFailure: "None",
+          progress: "None"
         }
       )
       // An instant in the past means now, by the clock of the database.
