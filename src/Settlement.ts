@@ -170,7 +170,8 @@ export const statements = (s: string) => {
         rescued + case when verb = 'lost' then 1 else 0 end as next_rescued, snoozed + case when verb = 'snoozed' then 1 else 0 end as next_snoozed,
         case when verb = 'lost' then ${lost.runAt} when verb = 'released' or delay_ms = '' then run_at else c.now + delay_ms::float8 * interval '1 millisecond' end as next_run_at,
         verb <> 'released' as changed,
-        case when verb in ('cancelled', 'discarded') then coalesce(nullif(reason, ''), cancel_reason) else cancel_reason end as end_reason,
+        case when verb = 'completed' then null when verb in ('cancelled', 'discarded') then coalesce(nullif(reason, ''), cancel_reason)
+          else cancel_reason end as end_reason,
         nullif(result, '')::json as end_result,
         case when tag = '' then null when error = '' then pg_catalog.json_build_object('tag', tag, 'message', nullif(message, ''))
           else pg_catalog.json_build_object('tag', tag, 'message', nullif(message, ''), 'error', error::json) end as failure

@@ -307,7 +307,11 @@ const settleOne = (model: Model, { delay, id, lease, reason, result, tag, verb }
   }
   leave(model, lease, id)
   if (status !== null) {
-    const said = verb === "cancelled" || verb === "discarded" ? reason ?? job.reason : job.reason
+    const said = verb === "completed"
+      ? undefined
+      : verb === "cancelled" || verb === "discarded"
+      ? reason ?? job.reason
+      : job.reason
     end(model, next, { status, reason: said, result, tag })
   } else {
     model.jobs.set(id, next)
