@@ -8,7 +8,7 @@ import * as Clock from "effect/Clock"
 import * as Context from "effect/Context"
 import * as DateTime from "effect/DateTime"
 import * as Effect from "effect/Effect"
-import type * as Exit from "effect/Exit"
+import * as Exit from "effect/Exit"
 import type * as Fiber from "effect/Fiber"
 import * as Option from "effect/Option"
 import * as References from "effect/References"
@@ -54,7 +54,7 @@ export interface Handling {
 }
 
 type Handler = (payload: unknown) => Effect.Effect<Current.Ended, Current.Unhandled>
-type Codec = (value: unknown) => Effect.Effect<unknown, Schema.SchemaError>
+type Codec = (value: unknown) => Effect.Effect<unknown, Schema.SchemaError | Bounded.TimedOut>
 
 /** Prepares a definition and its registered handler. */
 export const handling = (definition: Definition.Definition, registered: Definition.Registered): Handling => ({
@@ -62,10 +62,16 @@ export const handling = (definition: Definition.Definition, registered: Definiti
   registered,
   // Sound: the services of these codecs are requirements of the handler's layer, whose context every run is given.
   decode: Schema.decodeUnknownEffect(Schema.toCodecJson(definition.payloadSchema)) as Codec,
-  encodeSuccess: Schema.encodeUnknownEffect(Schema.toCodecJson(definition.successSchema)) as Codec,
-  encodeError: Schema.encodeUnknownEffect(Schema.toCodecJson(definition.errorSchema)) as Codec,
-  decodeError: Schema.decodeUnknownEffect(Schema.toCodecJson(definition.errorSchema)) as Codec
+  encodeSuccess: answering(Schema.encodeUnknownEffect(Schema.toCodecJson(definition.successSchema)) as Codec),
+  encodeError: answering(Schema.encodeUnknownEffect(Schema.toCodecJson(definition.errorSchema)) as Codec),
+  decodeError: answering(Schema.decodeUnknownEffect(Schema.toCodecJson(definition.errorSchema)) as Codec)
 })
+
+/** Bounds a codec that runs where nothing can interrupt it. Most answer at once, and cost nothing here. */
+const answering = (codec: Codec): Codec => (value) => {
+  const answer = codec(value)
+  return Exit.isExit(answer) ? answer : Bounded.bounded(answer, undecided)
+}
 
 /** The most that is kept of an encoded typed error, in bytes. */
 const maxErrorBytes = 65_536
@@ -73,7 +79,7 @@ const maxErrorBytes = 65_536
 /** A timed-out handler that has not stopped after this long is reported. */
 const stubborn = "5 seconds"
 
-/** A retry policy that has not answered after this long, in milliseconds, has ended, like one that throws. */
+/** A retry policy or a codec that has not answered after this long, in milliseconds, counts as one that throws. */
 const undecided = 5000
 
 /** The payload does not fit: carried in the failure channel of a run, apart from every typed error. */

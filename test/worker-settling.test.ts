@@ -229,4 +229,32 @@ describe("the attempts of a job", () => {
         ]
       )
     })))
+
+  it.live("fail, and their worker goes on, when the codec of their result never answers", () =>
+    withQueue(Effect.gen(function*() {
+      const Result = Schema.String.pipe(Schema.decodeTo(Schema.String, {
+        decode: SchemaGetter.passthrough(),
+        encode: SchemaGetter.transformEffect((text: string) => text === "silent" ? Effect.never : Effect.succeed(text))
+      }))
+      class Encoding extends Job.make("encoding", {
+        payload: { text: Schema.String },
+        success: Result,
+        retry: Schedule.recurs(0)
+      }) {}
+      yield* running(
+        Worker.layer({ jobs: [Encoding], gracePeriod: 0, concurrency: 1 }).pipe(
+          Layer.provide(Encoding.toLayer(({ text }) => Effect.succeed(text)))
+        )
+      )
+      yield* Encoding.enqueue({ text: "silent" })
+      yield* Encoding.enqueue({ text: "loud" })
+      yield* untilAllEnded()
+      yield* assertRows(
+        "select status, result #>> '{}' as result, error ->> 'message' ~ 'no answer in time' as told from pgqueue.finished order by status",
+        [
+          { status: "completed", result: "loud", told: null },
+          { status: "discarded", result: null, told: true }
+        ]
+      )
+    })))
 })
