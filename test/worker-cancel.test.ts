@@ -108,10 +108,14 @@ describe("a job that is cancelled", () => {
 
   it.live("and completes all the same has completed", () =>
     withQueue(Effect.gen(function*() {
+      const started = yield* Deferred.make<void>()
       const gate = yield* Deferred.make<void>()
-      yield* working(Effect.uninterruptible(Deferred.await(gate)), queueLayer())
+      yield* working(
+        Effect.uninterruptible(Effect.andThen(Deferred.succeed(started, undefined), Deferred.await(gate))),
+        queueLayer()
+      )
       const { id } = yield* Long.enqueue()
-      yield* leased
+      yield* Deferred.await(started)
       yield* Admin.cancel(id)
       const details = Option.getOrThrow(yield* Admin.get(id))
       assert.deepInclude(details, { status: "running", cancelling: true })
