@@ -152,7 +152,11 @@ export const resolve = Effect.fnUntraced(function*<P extends Schema.Top>(
   const refuse = (reason: EnqueueError["reason"]) => (message: string) => new EnqueueError({ kind, reason, message })
   const invalid = refuse("InvalidOption")
 
-  const payload = yield* Effect.mapError(schema.makeEffect(input), (issue) => refuse("InvalidPayload")(String(issue)))
+  const payload = yield* Effect.mapError(
+    schema.makeEffect(input),
+    // An issue has no text of its own; the error around it has.
+    (issue) => refuse("InvalidPayload")(new Schema.SchemaError(issue).message)
+  )
   const encoded = yield* Effect.mapError(encode(payload), (error) => refuse("InvalidPayload")(error.message))
   const json = yield* jsonText(encoded, maxPayloadBytes, refuse, "the payload")
   const options = Predicate.isFunction(own) ? own(payload) : own

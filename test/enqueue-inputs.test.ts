@@ -135,7 +135,9 @@ describe("a payload that is left out", () => {
 
       class Required extends Job.make("required", { payload: { n: Schema.Number } }) {}
       const missing = yield* Effect.flip(Required.enqueue(untyped(undefined)))
-      assert.strictEqual(missing._tag, "EnqueueError")
+      assert.deepInclude(missing, { _tag: "EnqueueError", reason: "InvalidPayload" })
+      // Says what is wrong, and where.
+      assert.match(missing.message, /missing.*\["n"\]/is)
       yield* allInPlace
     })))
 
