@@ -13,7 +13,7 @@ import * as Schema from "effect/Schema"
 import type { SqlError } from "effect/sql/SqlError"
 import * as Database from "./Database.ts"
 import * as Enqueue from "./Enqueue.ts"
-import { JobQueue } from "./JobQueue.ts"
+import { JobQueue, JobQueueError } from "./JobQueue.ts"
 import * as Outcome from "./Outcome.ts"
 
 /**
@@ -306,7 +306,9 @@ export {
  * **Details**
  *
  * Takes the jobs that were discarded before it began, oldest first, in statements of 500; not all or none. Interrupt it and
- * what is back stays back.
+ * what is back stays back. Jobs that somebody else has dealt with meanwhile are passed over and not counted.
+ *
+ * Fails with `JobQueueError` (`InvalidOption`) when `within` is not a duration or `limit` not a number.
  *
  * **Example** (After an outage of somebody else's service)
  *
@@ -331,11 +333,18 @@ export const redrive = Effect.fn("Admin.redrive")(
       /** At most this many. Default: all. */
       readonly limit?: number | undefined
     } = {}
-  ): Effect.fn.Return<number, SqlError, JobQueue> {
+  ): Effect.fn.Return<number, JobQueueError | SqlError, JobQueue> {
     const { inside, store, wakeup } = yield* here
-    const before = yield* store.clock()
     const limit = Math.floor(options.limit ?? Infinity)
     const within = Enqueue.millisOf(options.within) ?? Infinity
+    // What comes of `Number(undefined)` must not pass as "any".
+    if (Number.isNaN(limit) || Number.isNaN(within)) {
+      return yield* new JobQueueError({
+        reason: "InvalidOption",
+        message: "within must be a duration, and limit a number"
+      })
+    }
+    const before = yield* store.clock()
     let after = Number.isFinite(within)
       ? { at: String(BigInt(before) - BigInt(Math.ceil(within)) * 1000n), id: Database.firstId }
       : undefined

@@ -134,7 +134,7 @@ const statements = (s: string) => {
     `select f.id::text as id, (extract(epoch from f.finished_at) * 1000000)::int8::text as at from ${s}.finished f
     where f.status = 'discarded' and f.finished_at < timestamptz 'epoch' + $5::int8 * interval '1 microsecond'
       and (f.finished_at, f.id) > (timestamptz 'epoch' + $3::int8 * interval '1 microsecond', $4::uuid)
-      and ($1::text = '' or f.kind = $1::text) and ($2::text = '' or f.queue = $2::text)
+      and ($1::text is null or f.kind = $1::text) and ($2::text is null or f.queue = $2::text)
     order by f.finished_at, f.id limit $6::int4`
 
   const millis = (column: string) => `(extract(epoch from ${column}) * 1000)::float8`
@@ -287,8 +287,9 @@ export const make = (db: Database.Database, s: string) => {
       readonly limit: number
     }): Effect.Effect<ReadonlyArray<{ readonly at: string; readonly id: string }>, SqlError> =>
       db.query<any>(texts.discarded, [
-        options.kind ?? "",
-        options.queue ?? "",
+        // Not the empty text for none: a filter that came out empty must not mean every job.
+        options.kind ?? null,
+        options.queue ?? null,
         options.after?.at ?? "-1",
         options.after?.id ?? Database.firstId,
         options.before,

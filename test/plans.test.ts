@@ -167,8 +167,15 @@ const look = Effect.fnUntraced(function*(at: Filled) {
   yield* explain("cancel", texts.cancel, [waiting, "why"])
   for (const count of [1, 500]) yield* explain(`retry of ${count}`, texts.retry, [ended.slice(0, count), "discarded"])
   yield* explain("erase", texts.erase, [ended[0]])
-  for (const kind of ["", "k"]) {
-    yield* explain(`discarded of "${kind}"`, texts.discarded, [kind, "", "-1", firstId, "4000000000000000", 500])
+  for (const kind of [null, "k"]) {
+    yield* explain(`discarded of ${kind ?? "any kind"}`, texts.discarded, [
+      kind,
+      null,
+      "-1",
+      firstId,
+      "4000000000000000",
+      500
+    ])
   }
   yield* explain("inspect", texts.inspect, [id])
   yield* explain("attempts", texts.attempts, [id])
@@ -295,8 +302,8 @@ const bounded = Effect.fnUntraced(function*(at: Filled, fresh: boolean) {
     "buffers of nothing to bring back"
   )
   if (fresh) {
-    for (const kind of ["", "k"]) {
-      const page = [kind, "", "-1", firstId, "4000000000000000", 500]
+    for (const kind of [null, "k"]) {
+      const page = [kind, null, "-1", firstId, "4000000000000000", 500]
       assert.isBelow(yield* reading(at.store.texts.discarded, page), 2000, "buffers of a page of the discarded")
     }
   }

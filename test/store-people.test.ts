@@ -596,8 +596,14 @@ layer(Layer.provideMerge(JobQueue.layer(), Storage.layer), { excludeTestServices
       yield* discardedJobs(["a", "b"], 1200)
       yield* discardedJobs(["a"], 10, "1 day", "mail")
       const left = (where: string) => value<number>(`select count(*)::int4 from pgqueue.finished where ${where}`)
-      for (const limit of [0, -1, NaN]) assert.strictEqual(yield* unchanged(Admin.redrive({ limit })), 0)
+      for (const limit of [0, -1]) assert.strictEqual(yield* unchanged(Admin.redrive({ limit })), 0)
       assert.strictEqual(yield* unchanged(Admin.redrive({ kind: "nothing" })), 0)
+      // A filter that came out empty or broken is not one that lets everything through.
+      assert.strictEqual(yield* unchanged(Admin.redrive({ kind: "" })), 0)
+      assert.strictEqual(yield* unchanged(Admin.redrive({ queue: "" })), 0)
+      for (const broken of [{ within: NaN }, { within: "soon" as "1 day" }, { limit: NaN }]) {
+        assert.propertyVal(yield* unchanged(Effect.flip(Admin.redrive(broken))), "reason", "InvalidOption")
+      }
       assert.strictEqual(yield* unchanged(Admin.redrive({ within: 0 })), 0)
 
       assert.strictEqual(yield* Admin.redrive({ queue: "mail", within: "60 hours" }), 2)
