@@ -121,10 +121,7 @@ const json = (text: string | null): Option.Option<Schema.Json> =>
 /** The queue, and whether this fiber is in a transaction of its client. */
 const here = Effect.flatMap(
   JobQueue,
-  ({ internal }) =>
-    Effect.withFiber((fiber) =>
-      Effect.succeed({ ...internal, inside: Database.inTransaction(internal.database.app, fiber.context) })
-    )
+  ({ internal }) => Effect.map(Database.inside(internal.database), (inside) => ({ ...internal, inside }))
 )
 
 /** Once the transaction has committed, if there is one. */
@@ -344,7 +341,7 @@ export const redrive = Effect.fn("Admin.redrive")(
         message: "within must be a duration, and limit a number"
       })
     }
-    const before = yield* store.clock()
+    const before = yield* store.clock(inside)
     let after = Number.isFinite(within)
       ? { at: String(BigInt(before) - BigInt(Math.ceil(within)) * 1000n), id: Database.firstId }
       : undefined
@@ -356,7 +353,7 @@ export const redrive = Effect.fn("Admin.redrive")(
         before,
         after,
         limit: Math.min(chunk, limit - all)
-      })
+      }, inside)
       if (page.length === 0) break
       const { count, queues } = yield* store.retry(page.map(({ id }) => id), "discarded", inside)
       yield* announce(() => queues.forEach((queue) => wakeup.mark(queue, 0)))

@@ -109,7 +109,7 @@ export const make = Effect.fnUntraced(function*(store: Store.Store, wakeup: Wake
     )
     if (armed.length === 0) return
     const asked = [...new Set(armed.map(({ id }) => id))]
-    const found = new Map((yield* Bounded.bounded(store.ends(asked), lookBound)).map((row) => [row.id, row]))
+    const found = new Map((yield* Bounded.bounded(store.ends(asked, false), lookBound)).map((row) => [row.id, row]))
     for (const { id, waiter } of armed) {
       const row = found.get(id)
       if (row?.status !== "open") Deferred.doneUnsafe(waiter.end, Effect.succeed(row))

@@ -109,6 +109,12 @@ export const make = Effect.fnUntraced(function*(
 export const inTransaction = (client: SqlClient.SqlClient, context: Context.Context<never>): boolean =>
   Context.getOrUndefined(context, client.transactionService) !== undefined
 
+/**
+ * Whether this fiber is inside a transaction of the application's client: what it asks for is then part of that.
+ */
+export const inside = (db: Database): Effect.Effect<boolean> =>
+  Effect.withFiber((fiber) => Effect.succeed(inTransaction(db.app, fiber.context)))
+
 /** The key under which Effect keeps the innermost transaction of any client. */
 const CurrentTransaction = Context.Reference<object | undefined>("effect/sql/CurrentTransactionService", {
   defaultValue: () => undefined

@@ -12,6 +12,7 @@ import * as Option from "effect/Option"
 import * as Schema from "effect/Schema"
 import { ExecuteError } from "./Awaiting.ts"
 import type { Ended, Unhandled } from "./Current.ts"
+import * as Database from "./Database.ts"
 import * as Enqueue from "./Enqueue.ts"
 import { JobQueue } from "./JobQueue.ts"
 import type { Retry } from "./RetryPolicy.ts"
@@ -206,10 +207,10 @@ export const make = (
       }),
     poll: (id: string) =>
       Effect.gen(function*() {
-        const { store } = (yield* JobQueue).internal
+        const { database, store } = (yield* JobQueue).internal
         const pruned = new ExecuteError({ id, reason: "Pruned", message: "there is no such job" })
         if (!Enqueue.isJobId(id)) return Option.some(Exit.fail(pruned))
-        const [end] = yield* store.ends([id])
+        const [end] = yield* store.ends([id], yield* Database.inside(database))
         if (end === undefined) return Option.some(Exit.fail(pruned))
         return end.status === "open" ? Option.none() : Option.some(yield* Effect.exit(resultOf(end)))
       }),

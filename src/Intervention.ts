@@ -201,7 +201,9 @@ const statements = (s: string) => {
     )
     update ${s}.job set progress = $3::json where id = any (array(select id from held))`
 
-  return { lock, cancel, retry, erase, discarded, inspect, attempts, ends, awaits, progress }
+  const clock = `select (extract(epoch from pg_catalog.clock_timestamp()) * 1000000)::int8::text as now`
+
+  return { lock, cancel, retry, erase, discarded, inspect, attempts, ends, awaits, progress, clock }
 }
 
 /**
@@ -278,15 +280,18 @@ export const make = (db: Database.Database, s: string) => {
     /**
      * Reads a page of the discarded jobs that ended before `before`, in the order in which they ended, after `after`.
      */
-    discarded: (options: {
-      readonly kind: string | undefined
-      readonly queue: string | undefined
-      /** Microseconds since the epoch, as text. */
-      readonly before: string
-      readonly after: { readonly at: string; readonly id: string } | undefined
-      readonly limit: number
-    }): Effect.Effect<ReadonlyArray<{ readonly at: string; readonly id: string }>, SqlError> =>
-      db.query<any>(texts.discarded, [
+    discarded: (
+      options: {
+        readonly kind: string | undefined
+        readonly queue: string | undefined
+        /** Microseconds since the epoch, as text. */
+        readonly before: string
+        readonly after: { readonly at: string; readonly id: string } | undefined
+        readonly limit: number
+      },
+      inUserTransaction: boolean
+    ): Effect.Effect<ReadonlyArray<{ readonly at: string; readonly id: string }>, SqlError> =>
+      read(inUserTransaction, texts.discarded, [
         // Not the empty text for none: a filter that came out empty must not mean every job.
         options.kind ?? null,
         options.queue ?? null,
@@ -299,11 +304,8 @@ export const make = (db: Database.Database, s: string) => {
     /**
      * Reads the database's clock, in microseconds since the epoch, as text.
      */
-    clock: (): Effect.Effect<string, SqlError> =>
-      Effect.map(
-        db.query<any>(`select (extract(epoch from clock_timestamp()) * 1000000)::int8::text as now`, []),
-        ([row]) => row.now
-      ),
+    clock: (inUserTransaction: boolean): Effect.Effect<string, SqlError> =>
+      Effect.map(read(inUserTransaction, texts.clock, []), ([row]) => row.now),
 
     /**
      * Reads all there is to know of a job.
@@ -320,7 +322,8 @@ export const make = (db: Database.Database, s: string) => {
     /**
      * Reads what has become of some jobs; no row for one that is nowhere.
      */
-    ends: (ids: ReadonlyArray<string>): Effect.Effect<ReadonlyArray<EndRow>, SqlError> => db.query(texts.ends, [ids]),
+    ends: (ids: ReadonlyArray<string>, inUserTransaction: boolean): Effect.Effect<ReadonlyArray<EndRow>, SqlError> =>
+      read(inUserTransaction, texts.ends, [ids]),
 
     /**
      * Marks a job as one whose end is to be announced.

@@ -188,7 +188,8 @@ export interface Job<
    * **Details**
    *
    * The failure is the job's typed error when it was discarded with one, and {@link ExecuteError} otherwise; `Pruned`
-   * when there is no such job. A stored result that no longer fits its schema is a defect of the exit.
+   * when there is no such job. A stored result that no longer fits its schema is a defect of the exit. Inside
+   * `sql.withTransaction` of the queue's client it sees what that has enqueued.
    */
   readonly poll: (
     id: Enqueue.JobId

@@ -197,6 +197,22 @@ describe("poll", () => {
       assert.deepInclude(failureOf(Option.getOrThrow(yield* Answer.poll(id))), { reason: "Cancelled" })
     })))
 
+  it.live("sees what the transaction around it has enqueued, as Admin does, with its one connection", () =>
+    withPolling(
+      Effect.gen(function*() {
+        const sql = yield* SqlClient.SqlClient
+        yield* sql.withTransaction(Effect.gen(function*() {
+          const { id } = yield* Answer.enqueue({ question: "later" })
+          assert.isTrue(Option.isNone(yield* Answer.poll(id)))
+          assert.isTrue(Option.isSome(yield* Admin.get(id)))
+          yield* Admin.cancel(id)
+          assert.deepInclude(failureOf(Option.getOrThrow(yield* Answer.poll(id))), { reason: "Cancelled" })
+          assert.strictEqual(yield* Admin.redrive(), 0)
+        }))
+      }).pipe(Effect.timeout("10 seconds")),
+      { maxConnections: 1 }
+    ))
+
   it.live("is a defect when the stored result no longer fits", () =>
     withQueue(Effect.gen(function*() {
       yield* answering

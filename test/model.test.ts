@@ -517,7 +517,7 @@ const runSequence = Effect.fnUntraced(function*(
         const tried = (yield* store.attempts(id, false)).map(({ n, tag }) => ({ n, tag }))
         const last = ended?.tag === undefined ? [] : [{ n: ended.job.attempt, tag: ended.tag }]
         same(tried, [...Model.attemptsOf(model, id), ...last], command)
-        const ends = (yield* store.ends([id])).map(({ status }) => status)
+        const ends = (yield* store.ends([id], false)).map(({ status }) => status)
         return same(ends, model.jobs.has(id) ? ["open"] : ended === undefined ? [] : [ended.status], command)
       }
       case "detach": {

@@ -532,7 +532,7 @@ layer(Layer.provideMerge(JobQueue.layer(), Storage.layer), { excludeTestServices
       assert.deepStrictEqual(yield* details(id), before)
       assert.deepInclude(before, { status: "discarded", progress: Option.some(7), attempt: 2 })
       assert.deepStrictEqual((yield* Admin.attempts(id)).map(({ message }) => message), ["boom", "last"])
-      assert.deepStrictEqual((yield* store.ends([id])).map(({ status }) => status), ["discarded"])
+      assert.deepStrictEqual((yield* store.ends([id], false)).map(({ status }) => status), ["discarded"])
       assert.deepStrictEqual(yield* unchanged(refusal(Admin.retry(id))), { stale: "discarded", operation: "retry" })
       assert.deepStrictEqual(yield* unchanged(refusal(Admin.cancel(id))), { stale: "discarded", operation: "cancel" })
       yield* Admin.delete(id)
@@ -570,23 +570,23 @@ layer(Layer.provideMerge(JobQueue.layer(), Storage.layer), { excludeTestServices
       const wanted = yield* query<{ id: string }>(
         "select id::text as id from pgqueue.finished where status = 'discarded' and kind = 'k' and queue = 'default' order by finished_at, id"
       )
-      const before = yield* store.clock()
+      const before = yield* store.clock(false)
       const got: Array<string> = []
       let after: { readonly at: string; readonly id: string } | undefined
       for (;;) {
-        const page = yield* store.discarded({ kind: "k", queue: "default", before, after, limit: 7 })
+        const page = yield* store.discarded({ kind: "k", queue: "default", before, after, limit: 7 }, false)
         got.push(...page.map(({ id }) => id))
         if (page.length < 7) break
         after = page[page.length - 1]
       }
       assert.deepStrictEqual(got, wanted.map(({ id }) => id))
       const all = { kind: undefined, queue: undefined, after: undefined, limit: 1000 }
-      assert.strictEqual((yield* store.discarded({ ...all, before })).length, 83)
+      assert.strictEqual((yield* store.discarded({ ...all, before }, false)).length, 83)
       const epoch = yield* value<string>(
         "select (extract(epoch from max(finished_at)) * 1000000)::int8::text from pgqueue.finished"
       )
       // Before means before.
-      assert.isBelow((yield* store.discarded({ ...all, before: epoch })).length, 83)
+      assert.isBelow((yield* store.discarded({ ...all, before: epoch }, false)).length, 83)
     }))
   )
 
@@ -803,7 +803,7 @@ layer(Layer.provideMerge(JobQueue.layer(), Storage.layer), { excludeTestServices
       const { id: waiting } = yield* failedOnce()
       const held = (yield* claimed([job()])).ids[0]!
       const asked = [waiting, completed, uuid(), held, cancelled, discarded, old.completed, waiting]
-      const ends = yield* store.ends(asked)
+      const ends = yield* store.ends(asked, false)
       const end = { reason: null, result: null, error: null }
       const open = { ...end, id: waiting, status: "open" }
       assert.deepStrictEqual(
@@ -828,7 +828,7 @@ layer(Layer.provideMerge(JobQueue.layer(), Storage.layer), { excludeTestServices
           open
         ]
       )
-      assert.deepStrictEqual(yield* store.ends([]), [])
+      assert.deepStrictEqual(yield* store.ends([], false), [])
     }))
   )
 
