@@ -187,12 +187,14 @@ export interface Job<
    *
    * **Details**
    *
+   * Takes any text, as it comes from a route or from {@link ExecuteError}; what is no id is that of no job.
+   *
    * The failure is the job's typed error when it was discarded with one, and {@link ExecuteError} otherwise; `Pruned`
    * when there is no such job. A stored result that no longer fits its schema is a defect of the exit. Inside
    * `sql.withTransaction` of the queue's client it sees what that has enqueued.
    */
   readonly poll: (
-    id: Enqueue.JobId
+    id: string
   ) => Effect.Effect<
     Option.Option<Exit.Exit<A["Type"], E["Type"] | ExecuteError>>,
     SqlError,

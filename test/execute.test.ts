@@ -99,7 +99,7 @@ describe("execute", () => {
         yield* Effect.exit(Answer.execute({ question: "slow" }, { delay: "50 millis", wait: "100 millis" }))
       ) as Job.ExecuteError
       assert.strictEqual(error.reason, "WaitTimedOut")
-      const id = error.id as Job.JobId
+      const { id } = error
       assert.isTrue(Option.isNone(yield* Answer.poll(id)))
       yield* answering
       yield* untilValue("select count(*)::int from pgqueue.finished", 1)
@@ -190,7 +190,7 @@ describe("poll", () => {
       const { id } = yield* Answer.enqueue({ question: "later" })
       assert.isTrue(Option.isNone(yield* Answer.poll(id)))
       for (const nobody of ["0190b5a0-0000-7000-8000-000000000009", "no id"]) {
-        const end = Option.getOrThrow(yield* Answer.poll(nobody as Job.JobId))
+        const end = Option.getOrThrow(yield* Answer.poll(nobody))
         assert.deepInclude(failureOf(end), { _tag: "ExecuteError", reason: "Pruned" })
       }
       yield* Admin.cancel(id)

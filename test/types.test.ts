@@ -135,18 +135,19 @@ describe("execute and poll", () => {
     expectTypeOf(Ping.execute()).toEqualTypeOf<
       Effect.Effect<void, Job.ExecuteError | Job.EnqueueError | SqlError.SqlError, JobQueue>
     >()
-    const id = "" as Job.JobId
-    expectTypeOf(SendEmail.poll(id)).toEqualTypeOf<
+    expectTypeOf(SendEmail.poll("from a route")).toEqualTypeOf<
       Effect.Effect<Option.Option<Exit.Exit<string, Bounced | Job.ExecuteError>>, SqlError.SqlError, JobQueue>
     >()
+    const later = SendEmail.execute({ to: "a", subject: "b" }).pipe(
+      Effect.catchTag("ExecuteError", ({ id }) => SendEmail.poll(id))
+    )
+    expectTypeOf<Effect.Services<typeof later>>().toEqualTypeOf<JobQueue>()
     const Secret = Schema.String as unknown as Schema.Codec<string, string, Kms, Other>
     class Sec extends Job.make("sec", { payload: { s: Secret }, success: Secret }) {}
     expectTypeOf<Effect.Services<ReturnType<typeof Sec.execute>>>().toEqualTypeOf<JobQueue | Kms | Other>()
     never(() => [
       // @ts-expect-error a field is missing
-      SendEmail.execute({ to: "a" }),
-      // @ts-expect-error a plain string is no id of a job
-      SendEmail.poll("x")
+      SendEmail.execute({ to: "a" })
     ])
   })
 })
