@@ -70,8 +70,8 @@ export interface FamilyHandler<Prefix extends string> {
 
 type In<P extends Schema.Top> = P["~type.make.in"]
 type MayOmit<I> = void extends I ? true : {} extends I ? true : false
-type Arguments<P extends Schema.Top> = MayOmit<In<P>> extends true ? [payload?: In<P>, options?: Enqueue.EnqueueOptions]
-  : [payload: In<P>, options?: Enqueue.EnqueueOptions]
+type Arguments<P extends Schema.Top, O> = MayOmit<In<P>> extends true ? [payload?: In<P>, options?: O]
+  : [payload: In<P>, options?: O]
 type Run<P extends Schema.Top, A extends Schema.Top, E extends Schema.Top, R, X extends ReadonlyArray<unknown> = []> = (
   payload: P["Type"],
   ...extra: X
@@ -137,7 +137,7 @@ export interface Job<
    * Fails with {@link EnqueueError} for bad input and with `SqlError` for the database.
    */
   readonly enqueue: (
-    ...args: Arguments<P>
+    ...args: Arguments<P, Enqueue.EnqueueOptions>
   ) => Effect.Effect<Enqueue.Enqueued, Enqueue.EnqueueError | SqlError, JobQueue | P["EncodingServices"]>
 
   /**
@@ -174,8 +174,7 @@ export interface Job<
    * was not over in time, or when the fiber is in an open transaction (it would wait for itself).
    */
   readonly execute: (
-    payload: In<P>,
-    options?: Enqueue.EnqueueOptions & { readonly wait?: Duration.Input | undefined }
+    ...args: Arguments<P, Enqueue.EnqueueOptions & { readonly wait?: Duration.Input | undefined }>
   ) => Effect.Effect<
     A["Type"],
     E["Type"] | ExecuteError | Enqueue.EnqueueError | SqlError,

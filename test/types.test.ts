@@ -145,9 +145,14 @@ describe("execute and poll", () => {
     const Secret = Schema.String as unknown as Schema.Codec<string, string, Kms, Other>
     class Sec extends Job.make("sec", { payload: { s: Secret }, success: Secret }) {}
     expectTypeOf<Effect.Services<ReturnType<typeof Sec.execute>>>().toEqualTypeOf<JobQueue | Kms | Other>()
+    class AllOptional extends Job.make("all optional", { payload: { a: Schema.optionalKey(Schema.String) } }) {}
     never(() => [
+      AllOptional.execute(),
+      Ping.execute(undefined, { wait: "1 second" }),
       // @ts-expect-error a field is missing
-      SendEmail.execute({ to: "a" })
+      SendEmail.execute({ to: "a" }),
+      // @ts-expect-error the payload is missing
+      SendEmail.execute()
     ])
   })
 })
