@@ -309,10 +309,11 @@ export const family = <
   E extends Schema.Top = typeof Schema.Never,
   const Q extends string = "default"
 >(prefix: Prefix, options?: Definition.Options<P, A, E, Q>): Family<Prefix, Definition.AsSchema<P>, A, E, Q> => {
-  const self = Definition.make(prefix, true, options ?? {})
+  const codecs = Definition.codecs(options ?? {})
+  const self = Definition.make(prefix, true, options ?? {}, codecs)
   // Sound: as in `make`; a kind of a family is the same definition under its own name.
   return Object.assign(self, {
     prefix,
-    of: (kind: string) => Definition.make(kind, false, options ?? {})
+    of: (kind: string) => Definition.make(kind, false, options ?? {}, codecs)
   }) as unknown as Family<Prefix, Definition.AsSchema<P>, A, E, Q>
 }
