@@ -311,9 +311,11 @@ export const family = <
 >(prefix: Prefix, options?: Definition.Options<P, A, E, Q>): Family<Prefix, Definition.AsSchema<P>, A, E, Q> => {
   const codecs = Definition.codecs(options ?? {})
   const self = Definition.make(prefix, true, options ?? {}, codecs)
+  const kindOf = (kind: string) => {
+    // What stands for the prefix of the family stands for that of each of its kinds.
+    const aliases = options?.aliases?.map((alias) => alias + kind.slice(prefix.length))
+    return Definition.make(kind, false, { ...options, aliases }, codecs)
+  }
   // Sound: as in `make`; a kind of a family is the same definition under its own name.
-  return Object.assign(self, {
-    prefix,
-    of: (kind: string) => Definition.make(kind, false, options ?? {}, codecs)
-  }) as unknown as Family<Prefix, Definition.AsSchema<P>, A, E, Q>
+  return Object.assign(self, { prefix, of: kindOf }) as unknown as Family<Prefix, Definition.AsSchema<P>, A, E, Q>
 }

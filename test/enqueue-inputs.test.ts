@@ -203,4 +203,23 @@ describe("the alias of a family", () => {
       // What is stored is the name under which it was enqueued.
       yield* assertRows("select kind from pgqueue.finished where kind like 'old%'", [{ kind: "old." }])
     })))
+
+  it.live("stands for the prefix of each of its kinds that is handled by itself", () =>
+    withQueue(Effect.gen(function*() {
+      const Reports = Job.family("report:", { payload: { n: Schema.Number }, aliases: ["summary:"] })
+      const daily = Reports.of("report:daily")
+      const weekly = Reports.of("report:weekly")
+      const handled: Array<string> = []
+      const handler = (name: string) => () => Effect.sync(() => void handled.push(name))
+      yield* running(
+        Worker.layer({ jobs: [daily, weekly], concurrency: 1 }).pipe(
+          Layer.provide([daily.toLayer(handler("daily")), weekly.toLayer(handler("weekly"))])
+        )
+      )
+      for (const kind of ["report:daily", "summary:weekly", "summary:daily"]) {
+        yield* Job.make(kind, { payload: { n: Schema.Number } }).enqueue({ n: 1 })
+        yield* untilValue("select count(*)::int from pgqueue.job", 0)
+      }
+      assert.deepStrictEqual(handled, ["daily", "weekly", "daily"])
+    })))
 })
