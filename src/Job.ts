@@ -167,8 +167,9 @@ export interface Job<
    *
    * **Details**
    *
-   * Takes the options of {@link enqueue}, and `wait`: how long to wait, by default without end. A job that already holds
-   * the key or the id is waited for in place of a new one. Interrupting the wait does not stop the job.
+   * Takes the options of {@link enqueue}, and `wait`: how long to wait for the end of the job, by default without end. The
+   * enqueue comes before that, and in an outage takes up to ten seconds of its own. A job that already holds the key or
+   * the id is waited for in place of a new one. Interrupting the wait does not stop the job.
    *
    * Fails with the job's typed error when it was discarded with one, with {@link ExecuteError} when it ended otherwise,
    * was not over in time, or when the fiber is in an open transaction (it would wait for itself).

@@ -130,6 +130,9 @@ export class JobQueue extends Context.Service<JobQueue, {
 const bulkBound = 15_000
 const bulkBoundPerJob = 1
 
+/** How long, in milliseconds, to wait for the mark on a job whose end is to be told: on a dead link it never comes. */
+const askBound = 5000
+
 const make = Effect.fnUntraced(function*(options: Options) {
   const schema = options.schema ?? "pgqueue"
   const invalid = (message: string) => new Migrations.JobQueueError({ reason: "InvalidOption", message })
@@ -230,16 +233,14 @@ const make = Effect.fnUntraced(function*(options: Options) {
   const waitFor = Effect.fnUntraced(function*(job: Store.NewJob, wait: number | undefined) {
     const own = yield* awaiting.open(job.id)
     const { id, status } = yield* enqueue({ ...job, awaited: true })
-    // Somebody else's job: whoever ends it is to say so, and may have.
-    if (status === "existing") yield* store.awaits(id)
     const { ended } = id === job.id ? own : yield* awaiting.open(id)
-    const end = yield* (wait === undefined ? ended(status !== "inserted") : Effect.timeoutOrElse(
-      ended(status !== "inserted"),
-      {
-        duration: wait,
-        orElse: () => Effect.fail(executeError(id, "WaitTimedOut", "the job has not ended in time; it goes on"))
-      }
-    ))
+    // Somebody else's job: whoever ends it is to say so, and may have. Only a hint: without it the end is found by looking.
+    const asked = status === "existing" ? Effect.ignore(Bounded.bounded(store.awaits(id), askBound)) : Effect.void
+    const over = Effect.andThen(asked, ended(status !== "inserted"))
+    const end = yield* (wait === undefined ? over : Effect.timeoutOrElse(over, {
+      duration: wait,
+      orElse: () => Effect.fail(executeError(id, "WaitTimedOut", "the job has not ended in time; it goes on"))
+    }))
     return end ?? (yield* executeError(id, "Pruned", "the job is no longer there"))
   }, Effect.scoped)
 

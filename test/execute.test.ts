@@ -1,9 +1,12 @@
 /** Waiting for the result of a job, and looking once how it ended. */
+import { PgClient } from "@effect/sql-pg"
 import { assert, describe, it } from "@effect/vitest"
-import { Cause, Deferred, Duration, Effect, Exit, Fiber, Layer, Option, Schedule, Schema } from "effect"
+import { Cause, Deferred, Duration, Effect, Exit, Fiber, Layer, Option, Redacted, Schedule, Schema } from "effect"
 import { SqlClient } from "effect/sql"
-import { Admin, Job, type JobQueue, Worker } from "../src/index.ts"
+import { Admin, Job, JobQueue, Worker } from "../src/index.ts"
+import { makeLink } from "./support/link.ts"
 import {
+  databaseUrl,
   pollingQueueLayer,
   queueLayer,
   rows,
@@ -142,6 +145,23 @@ describe("execute", () => {
       yield* Deferred.succeed(go, undefined)
       assert.strictEqual((yield* Fiber.join(waiting)).text, "run 1")
       assert.strictEqual(yield* value("select count(*)::int from pgqueue.finished"), 1)
+    })))
+
+  it.live("waits no longer than asked for, and with no other error, when that job cannot be marked", () =>
+    withQueue(Effect.gen(function*() {
+      yield* Answer.enqueue({ question: "a" }, { unique: "key" })
+      const link = yield* makeLink(yield* databaseUrl)
+      link.loseRequestWith("set awaited = true")
+      const execute = Answer.execute({ question: "b" }, { unique: "key", wait: "1 second" })
+      const [took, exit] = yield* Effect.timed(Effect.exit(execute)).pipe(
+        Effect.provide(Layer.fresh(
+          JobQueue.layer().pipe(Layer.provide(PgClient.layer({ url: Redacted.make(link.url) })))
+        )),
+        Effect.timeout("10 seconds")
+      )
+      assert.deepInclude(failureOf(exit), { _tag: "ExecuteError", reason: "WaitTimedOut" })
+      assert.isBelow(Duration.toMillis(took), 3000)
+      assert.strictEqual(link.dead(), 1)
     })))
 
   it.live("returns at once for an id that has ended", () =>
