@@ -96,7 +96,10 @@ export interface Details {
  * @since 0.1.0
  */
 export interface FailedAttempt {
-  /** 1 on the first attempt, and again on the first after a retry from outside. */
+  /**
+   * 1 on the first attempt, and again on the first after a retry from outside. The first loss of a worker does not count: it
+   * has the number of the attempt that it cut short, and so has the one after it.
+   */
   readonly attempt: number
   /** What it failed with, as the tags of `Job.Failure`. */
   readonly tag: string
@@ -208,7 +211,7 @@ export const attempts = Effect.fn("Admin.attempts")(
  *
  * Returns `"cancelled"` when it was waiting: it has ended and never runs. Returns `"cancelling"` when a worker holds it:
  * the worker interrupts its handler, within a second when it can LISTEN and within a poll when it cannot, and the job ends
- * as `cancelled`. A handler that completes first has completed.
+ * as `cancelled`. A handler that completes first has completed. Whoever cancels first gives the reason.
  *
  * Fails with {@link Stale} when it has ended or is not there.
  *
@@ -231,7 +234,7 @@ export const cancel = Effect.fn("Admin.cancel")(
   function*(
     id: string,
     options?: {
-      /** Kept with the job, at most 8 KiB. Default: none. */
+      /** Kept with the job, cut at 8 KiB. Default: none. */
       readonly reason?: string | undefined
     }
   ): Effect.fn.Return<"cancelled" | "cancelling", Stale | SqlError, JobQueue> {
@@ -253,8 +256,9 @@ export const cancel = Effect.fn("Admin.cancel")(
  *
  * **Details**
  *
- * It stands at its own priority. Its earlier attempts stay readable, and count neither for `maxAttempts` nor for its retry
- * policy. It holds no unique key: that was released at its end, and may be another job's by now.
+ * It stands at its own priority, and its result is gone. Its earlier attempts stay readable, and count neither for
+ * `maxAttempts` nor for its retry policy. It holds no unique key: that was released at its end, and may be another
+ * job's by now.
  *
  * Fails with {@link Stale} when it has not ended, is archived, or is not there.
  *

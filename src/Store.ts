@@ -1,5 +1,6 @@
 /**
- * The only SQL of the queue: one named verb per statement.
+ * The verbs of the storage, one per statement: those of this file, claim, beat and look among them, and all the others, whose
+ * texts are next to those that they resemble.
  *
  * Every statement is a fixed text over bound parameters; the schema name, validated and quoted, is the only thing ever
  * written into one. Arrays are bound as text and cast, so that any driver can send them.
