@@ -23,12 +23,11 @@ export interface InspectedRow {
   readonly max_attempts: number
   readonly rescued: number
   readonly snoozed: number
-  /** These five are JSON text. */
+  /** These four are JSON text. */
   readonly metadata: string
   readonly payload: string
   readonly progress: string | null
   readonly result: string | null
-  readonly error: string | null
   readonly cancelling: boolean
   readonly enqueued_at: number
   readonly scheduled_for: number
@@ -141,7 +140,7 @@ const statements = (s: string) => {
   const ended = (table: string) =>
     `select f.id::text as id, f.kind, f.queue, f.priority, f.status, f.reason, f.attempt, f.max_attempts, f.rescued, f.snoozed,
       f.metadata::text as metadata, f.payload::text as payload, f.progress::text as progress, f.result::text as result,
-      f.error::text as error, false as cancelling, ${millis("f.enqueued_at")} as enqueued_at,
+      false as cancelling, ${millis("f.enqueued_at")} as enqueued_at,
       ${millis("f.scheduled_for")} as scheduled_for, null::float8 as run_at, ${millis("f.started_at")} as started_at,
       ${millis("f.finished_at")} as finished_at, f.worker::text as worker
     from ${s}.${table} f where f.id = $1::uuid`
@@ -151,7 +150,7 @@ const statements = (s: string) => {
         when j.attempt > 0 then 'retryable' else 'scheduled' end as status,
       j.cancel_reason as reason, j.attempt, j.max_attempts, j.rescued, j.snoozed,
       j.metadata::text as metadata, j.payload::text as payload, j.progress::text as progress, null::text as result,
-      null::text as error, j.cancelled_at is not null as cancelling, ${millis("j.enqueued_at")} as enqueued_at,
+      j.cancelled_at is not null as cancelling, ${millis("j.enqueued_at")} as enqueued_at,
       ${millis("j.scheduled_for")} as scheduled_for, ${millis("j.run_at")} as run_at, ${
     millis("l.claimed_at")
   } as started_at,
