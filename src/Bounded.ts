@@ -12,6 +12,7 @@ import * as Scope from "effect/Scope"
 /** The answer did not come in time; whether the statement took effect is unknown. */
 export class TimedOut extends Error {
   readonly _tag = "TimedOut"
+  override readonly name = "TimedOut"
   override readonly message = "no answer in time"
 }
 
