@@ -15,6 +15,7 @@ import * as Database from "./Database.ts"
 import * as Enqueue from "./Enqueue.ts"
 import { JobQueue, JobQueueError } from "./JobQueue.ts"
 import * as Outcome from "./Outcome.ts"
+import type { Failure } from "./RetryPolicy.ts"
 
 /**
  * The job is not, or no longer, in a state in which this can be done; nothing was changed.
@@ -101,8 +102,8 @@ export interface FailedAttempt {
    * has the number of the attempt that it cut short, and so has the one after it.
    */
   readonly attempt: number
-  /** What it failed with, as the tags of `Job.Failure`. */
-  readonly tag: string
+  /** What it failed with. */
+  readonly tag: Failure<unknown>["_tag"]
   /** The error as text, at most 8 KiB. */
   readonly message: string
   /** The typed error as it is stored: encoded. */
@@ -194,7 +195,8 @@ export const attempts = Effect.fn("Admin.attempts")(
     const rows = Enqueue.isJobId(id) ? yield* store.attempts(id, inside) : []
     return rows.map((row) => ({
       attempt: row.n,
-      tag: row.tag,
+      // Sound: settle and rescue write no other.
+      tag: row.tag as FailedAttempt["tag"],
       message: row.message ?? "",
       error: json(row.error),
       worker: Option.fromNullOr(row.worker),

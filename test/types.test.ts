@@ -166,6 +166,7 @@ describe("people's tools", () => {
     expectTypeOf(Admin.delete("x")).toEqualTypeOf<Effect.Effect<void, Admin.Stale | SqlError.SqlError, JobQueue>>()
     expectTypeOf(Admin.redrive())
       .toEqualTypeOf<Effect.Effect<number, JobQueueError | SqlError.SqlError, JobQueue>>()
+    expectTypeOf<Admin.FailedAttempt["tag"]>().toEqualTypeOf<Job.Failure<unknown>["_tag"]>()
     expectTypeOf(Admin.get("x"))
       .toEqualTypeOf<Effect.Effect<Option.Option<Admin.Details>, SqlError.SqlError, JobQueue>>()
   })
