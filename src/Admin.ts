@@ -260,7 +260,7 @@ export const cancel = Effect.fn("Admin.cancel")(
  *
  * It stands at its own priority, and its result is gone. Its earlier attempts stay readable, and count neither for
  * `maxAttempts` nor for its retry policy. It holds no unique key: that was released at its end, and may be another
- * job's by now.
+ * job's by now; only one with a `period` is still held until that is over.
  *
  * Fails with {@link Stale} when it has not ended, is archived, or is not there.
  *

@@ -107,7 +107,10 @@ export interface EnqueueOptions {
   readonly runAt?: DateTime.DateTime | Date | undefined
   /** Default: the definition's. */
   readonly priority?: Priority | undefined
-  /** The line to stand in: 1 to 128 characters. Default: the definition's. */
+  /**
+   * The line to stand in: 1 to 128 characters. Default: the definition's. A worker serves the queues that the definitions of
+   * its jobs name: in another one the job waits until there is such a worker.
+   */
   readonly queue?: string | undefined
   /** How many attempts may fail before the job is discarded: 1 to 1 000. Default: the definition's. */
   readonly maxAttempts?: number | undefined

@@ -173,6 +173,11 @@ export interface Job<
    *
    * Fails with the job's typed error when it was discarded with one, with {@link ExecuteError} when it ended otherwise,
    * was not over in time, or when the fiber is in an open transaction (it would wait for itself).
+   *
+   * **Gotchas**
+   *
+   * A handler that executes a job of its own queue keeps its slot while it waits: with all slots so taken, nobody runs the
+   * job.
    */
   readonly execute: (
     ...args: Arguments<P, Enqueue.EnqueueOptions & { readonly wait?: Duration.Input | undefined }>
@@ -211,6 +216,11 @@ export interface Job<
    *
    * With `transactional: true` it runs in the transaction that settles its job. Its `SqlClient` must be the queue's: a
    * worker with a handler built on another one does not start (`ForeignClient`).
+   *
+   * **Gotchas**
+   *
+   * That check sees the `SqlClient` the layer was built with, not one inside a service that the handler calls, or one that
+   * it provides itself: what is written there is not part of the transaction.
    */
   readonly toLayer: <R>(
     handler: Run<P, A, E, R>,
