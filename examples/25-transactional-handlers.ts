@@ -47,4 +47,4 @@ const main = Effect.gen(function*() {
   assert.deepEqual(accounts.map(({ balance }) => balance), [40, 60])
 })
 
-main.pipe(Effect.provide(TransferHandler), Effect.provide(QueueLive), NodeRuntime.runMain)
+main.pipe(Effect.provide(Layer.provideMerge(TransferHandler, QueueLive)), NodeRuntime.runMain)

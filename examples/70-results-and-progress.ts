@@ -57,4 +57,4 @@ const main = Effect.gen(function*() {
   assert.ok(Option.isSome(end) && Exit.isFailure(end.value))
 })
 
-main.pipe(Effect.provide(WorkerLive), Effect.provide(QueueLive), NodeRuntime.runMain)
+main.pipe(Effect.provide(Layer.provideMerge(WorkerLive, QueueLive)), NodeRuntime.runMain)

@@ -57,4 +57,4 @@ const main = Effect.gen(function*() {
   assert.ok(Option.isNone(yield* Admin.get(later.id)))
 })
 
-main.pipe(Effect.provide(DeliverHandler), Effect.provide(QueueLive), NodeRuntime.runMain)
+main.pipe(Effect.provide([DeliverHandler, QueueLive]), NodeRuntime.runMain)
