@@ -166,6 +166,17 @@ export const here = <A extends object>(
   params: ReadonlyArray<unknown>
 ): Effect.Effect<ReadonlyArray<A>, SqlError> => db.app.unsafe<A>(text, params).unprepared
 
+/**
+ * Runs one statement: in the application's transaction, or outside any.
+ */
+export const run = <A extends object>(
+  db: Database,
+  inUserTransaction: boolean,
+  text: string,
+  params: ReadonlyArray<unknown>
+): Effect.Effect<ReadonlyArray<A>, SqlError> =>
+  inUserTransaction ? here<A>(db, text, params) : db.query<A>(text, params)
+
 /** Sorts before every id. */
 export const firstId = "00000000-0000-0000-0000-000000000000"
 

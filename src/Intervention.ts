@@ -225,7 +225,7 @@ export const make = (db: Database.Database, s: string) => {
   const run = (inUserTransaction: boolean, text: string, params: ReadonlyArray<unknown>) =>
     (inUserTransaction ? db.app : db.own).unsafe<any>(text, params).unprepared
   const read = (inUserTransaction: boolean, text: string, params: ReadonlyArray<unknown>) =>
-    inUserTransaction ? Database.here<any>(db, text, params) : db.query<any>(text, params)
+    Database.run<any>(db, inUserTransaction, text, params)
 
   const verbs = {
     /**

@@ -240,6 +240,8 @@ export const make = (db: Database.Database, schema: string) => {
     from line full join held using (queue, kind) full join done using (queue, kind) order by 1, 2`
 
   const rows = (text: string, params: ReadonlyArray<unknown>) => db.query<any>(text, params)
+  const run = (inUserTransaction: boolean, text: string, params: ReadonlyArray<unknown>) =>
+    Database.run<any>(db, inUserTransaction, text, params)
 
   return {
     ...intervention.verbs,
@@ -448,10 +450,6 @@ export const make = (db: Database.Database, schema: string) => {
      * Counts jobs by queue and kind.
      */
     stats: (): Effect.Effect<ReadonlyArray<Stats>, SqlError> => rows(statsText, [])
-  }
-
-  function run(inUserTransaction: boolean, text: string, params: ReadonlyArray<unknown>) {
-    return inUserTransaction ? Database.here<any>(db, text, params) : rows(text, params)
   }
 }
 
