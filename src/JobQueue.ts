@@ -247,7 +247,7 @@ const make = Effect.fnUntraced(function*(options: Options) {
   return JobQueue.of({
     schema,
     mode,
-    stats: store.stats(),
+    stats: Effect.flatMap(Database.inside(database), store.stats),
     enqueue: (resolve) =>
       Effect.flatMap(resolve, (job) =>
         Effect.flatMap(inTransaction(() => job.kind), (here) =>

@@ -219,17 +219,17 @@ export const make = (db: Database.Database, schema: string) => {
     ) p group by q.queue`
 
   const statsText = `with line as (
-      select queue, kind, count(*) filter (where run_at <= clock_timestamp()) as available,
-        count(*) filter (where run_at > clock_timestamp() and attempt = 0) as scheduled,
-        count(*) filter (where run_at > clock_timestamp() and attempt > 0) as retryable,
-        greatest(0, ${millis("clock_timestamp() - min(run_at)")}) as lag
+      select queue, kind, pg_catalog.count(*) filter (where run_at <= pg_catalog.clock_timestamp()) as available,
+        pg_catalog.count(*) filter (where run_at > pg_catalog.clock_timestamp() and attempt = 0) as scheduled,
+        pg_catalog.count(*) filter (where run_at > pg_catalog.clock_timestamp() and attempt > 0) as retryable,
+        greatest(0, ${millis("pg_catalog.clock_timestamp() - pg_catalog.min(run_at)")}) as lag
       from ${s}.ready group by 1, 2
     ), held as (
-      select j.queue, j.kind, count(*) as running
-      from ${s}.lease l cross join unnest(l.ids) as u(id) join ${s}.job j on j.id = u.id group by 1, 2
+      select j.queue, j.kind, pg_catalog.count(*) as running
+      from ${s}.lease l cross join pg_catalog.unnest(l.ids) as u(id) join ${s}.job j on j.id = u.id group by 1, 2
     ), done as (
-      select queue, kind, count(*) filter (where status = 'completed') as completed,
-        count(*) filter (where status = 'cancelled') as cancelled, count(*) filter (where status = 'discarded') as discarded
+      select queue, kind, pg_catalog.count(*) filter (where status = 'completed') as completed,
+        pg_catalog.count(*) filter (where status = 'cancelled') as cancelled, pg_catalog.count(*) filter (where status = 'discarded') as discarded
       from ${s}.finished group by 1, 2
     )
     select queue, kind, coalesce(available, 0)::float8 as available, coalesce(scheduled, 0)::float8 as scheduled,
@@ -449,7 +449,8 @@ export const make = (db: Database.Database, schema: string) => {
     /**
      * Counts jobs by queue and kind.
      */
-    stats: (): Effect.Effect<ReadonlyArray<Stats>, SqlError> => rows(statsText, [])
+    stats: (inUserTransaction: boolean): Effect.Effect<ReadonlyArray<Stats>, SqlError> =>
+      run(inUserTransaction, statsText, [])
   }
 }
 

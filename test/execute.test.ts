@@ -228,6 +228,7 @@ describe("poll", () => {
           yield* Admin.cancel(id)
           assert.deepInclude(failureOf(Option.getOrThrow(yield* Answer.poll(id))), { reason: "Cancelled" })
           assert.strictEqual(yield* Admin.redrive(), 0)
+          assert.strictEqual((yield* Effect.flatMap(JobQueue, ({ stats }) => stats))[0]?.cancelled, 1)
         }))
       }).pipe(Effect.timeout("10 seconds")),
       { maxConnections: 1 }
