@@ -190,15 +190,21 @@ const statements = (s: string) => {
       select j.id from ${s}.job j where j.id = $1::uuid and not j.awaited for update skip locked))`
 
   // Fenced by the lease: a handler that has lost its job says nothing more of it. The job's row comes first: it may be in a
-  // stranger's hands for long, and who waits with the lease locked holds up every settle of it.
+  // stranger's hands for long, and who waits with the lease locked holds up every settle of it. The lease is not waited
+  // for, or a progress and the settle of a transactional handler, which keeps its lease until it finds the row free, would
+  // wait for each other.
   const progress = `with mine as materialized (
       select j.id from ${s}.job j where j.id = $2::uuid for no key update
     ), held as materialized (
       select m.id from mine m cross join lateral (
-        select l.id from ${s}.lease l where l.id = $1::uuid and m.id = any (l.ids) for key share
+        select l.id from ${s}.lease l where l.id = $1::uuid and m.id = any (l.ids) for key share skip locked
       ) l
+    ), stored as (
+      update ${s}.job set progress = $3::json where id = any (array(select id from held)) returning id
     )
-    update ${s}.job set progress = $3::json where id = any (array(select id from held))`
+    select not exists (select 1 from stored) and exists (
+        select 1 from ${s}.lease l where l.id = $1::uuid and $2::uuid = any (l.ids)
+      ) as busy`
 
   const clock = `select (extract(epoch from pg_catalog.clock_timestamp()) * 1000000)::int8::text as now`
 
@@ -330,10 +336,11 @@ export const make = (db: Database.Database, s: string) => {
     awaits: (id: string): Effect.Effect<void, SqlError> => Effect.asVoid(db.query<any>(texts.awaits, [id])),
 
     /**
-     * Stores what a handler says of its job; nothing when the job is no longer in that lease.
+     * Stores what a handler says of its job; nothing when the job is no longer in that lease. `"busy"`: the lease is being
+     * settled, ask again.
      */
-    progress: (lease: string, id: string, value: string): Effect.Effect<void, SqlError> =>
-      Effect.asVoid(db.query<any>(texts.progress, [lease, id, value]))
+    progress: (lease: string, id: string, value: string): Effect.Effect<"done" | "busy", SqlError> =>
+      Effect.map(db.query<any>(texts.progress, [lease, id, value]), ([row]) => row.busy ? "busy" : "done")
   }
   return { texts, verbs }
 }

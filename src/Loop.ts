@@ -9,6 +9,7 @@ import type * as Context from "effect/Context"
 import * as Deferred from "effect/Deferred"
 import * as Effect from "effect/Effect"
 import * as Latch from "effect/Latch"
+import * as Schedule from "effect/Schedule"
 import { isSqlError, type SqlError } from "effect/sql/SqlError"
 import * as Bounded from "./Bounded.ts"
 import * as Database from "./Database.ts"
@@ -51,6 +52,9 @@ const claimBound = 15_000
 
 /** How long a handler waits for its progress to be stored, in milliseconds. */
 const progressBound = 5000
+
+/** How long it waits before it asks again while its lease is being settled, in milliseconds. */
+const progressPause = 20
 
 /** How many cancellations of jobs that a claim may bring are kept in mind: anybody can announce them. */
 const mostCancelling = 1000
@@ -166,7 +170,13 @@ export const start = Effect.fnUntraced(function*(options: {
     transactional: Transactional.make({ ...options, worker: () => liveness.id(), detach: leases.detach }),
     progress: (running, value) =>
       Effect.catchCause(
-        Bounded.bounded(store.progress(running.lease, running.row.id, value), progressBound),
+        Bounded.bounded(
+          Effect.repeat(store.progress(running.lease, running.row.id, value), {
+            until: (state) => state === "done",
+            schedule: Schedule.spaced(progressPause)
+          }),
+          progressBound
+        ),
         (cause) => Effect.logDebug("effect-pgqueue: the progress of a job could not be stored", Cause.pretty(cause))
       )
   })

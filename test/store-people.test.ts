@@ -940,6 +940,23 @@ layer(Layer.provideMerge(JobQueue.layer(), Storage.layer), { excludeTestServices
   )
 
   it.effect(
+    "progress does not wait for a lease that is being settled: it would keep that settle from the job's row",
+    rule(Effect.gen(function*() {
+      const { store } = yield* Storage
+      const held = yield* claimed([job()])
+      const id = held.ids[0]!
+      const handler = yield* session
+      yield* handler.query("begin")
+      // What the settle of a transactional handler locks first, and keeps while it finds the job busy.
+      yield* handler.query("select 1 from pgqueue.lease where id = $1::uuid for update", [held.lease])
+      assert.strictEqual(yield* unchanged(store.progress(held.lease, id, "1")), "busy")
+      yield* handler.store.settle(held.worker, [entry(held.lease, id, "completed")])
+      yield* handler.query("commit")
+      assert.strictEqual(yield* unchanged(store.progress(held.lease, id, "1")), "done")
+    }))
+  )
+
+  it.effect(
     "progress that has waited says nothing of a job that has left its lease meanwhile",
     rule(Effect.gen(function*() {
       const { store } = yield* Storage
