@@ -82,8 +82,7 @@ export const make = (options: {
               options.onFailed(error)
               return "gone" as const
             })
-          ),
-          Effect.onInterrupt(() => Effect.sync(() => forget(own.id)))
+          )
         )
         if (done !== "moved") {
           forget(own.id)
@@ -93,6 +92,7 @@ export const make = (options: {
         running.lease = own.id
         own.confirmed = true
         return true
-      })
+        // Its answer decides under which lease the run is handed back: an interruption waits for it.
+      }).pipe(Effect.uninterruptible)
   }
 }
