@@ -189,12 +189,11 @@ const statements = (s: string) => {
   const awaits = `update ${s}.job set awaited = true where id = any (array(
       select j.id from ${s}.job j where j.id = $1::uuid and not j.awaited for update skip locked))`
 
-  // Fenced by the lease: a handler that has lost its job says nothing more of it. The job's row comes first: it may be in a
-  // stranger's hands for long, and who waits with the lease locked holds up every settle of it. The lease is not waited
-  // for, or a progress and the settle of a transactional handler, which keeps its lease until it finds the row free, would
-  // wait for each other.
+  // Fenced by the lease: a handler that has lost its job says nothing more of it. Waits for no lock: with the job's row
+  // locked it would wait for a transactional handler that waits for that row, and the jobs of one stranger's transaction
+  // would take every connection.
   const progress = `with mine as materialized (
-      select j.id from ${s}.job j where j.id = $2::uuid for no key update
+      select j.id from ${s}.job j where j.id = $2::uuid for no key update skip locked
     ), held as materialized (
       select m.id from mine m cross join lateral (
         select l.id from ${s}.lease l where l.id = $1::uuid and m.id = any (l.ids) for key share skip locked
@@ -336,8 +335,8 @@ export const make = (db: Database.Database, s: string) => {
     awaits: (id: string): Effect.Effect<void, SqlError> => Effect.asVoid(db.query<any>(texts.awaits, [id])),
 
     /**
-     * Stores what a handler says of its job; nothing when the job is no longer in that lease. `"busy"`: the lease is being
-     * settled, ask again.
+     * Stores what a handler says of its job; nothing when the job is no longer in that lease. `"busy"`: somebody has
+     * locked the job or its lease, ask again.
      */
     progress: (lease: string, id: string, value: string): Effect.Effect<"done" | "busy", SqlError> =>
       Effect.map(db.query<any>(texts.progress, [lease, id, value]), ([row]) => row.busy ? "busy" : "done")

@@ -53,7 +53,7 @@ const claimBound = 15_000
 /** How long a handler waits for its progress to be stored, in milliseconds. */
 const progressBound = 5000
 
-/** How long it waits before it asks again while its lease is being settled, in milliseconds. */
+/** How long it waits before it asks again when somebody has locked the job or its lease, in milliseconds. */
 const progressPause = 20
 
 /** How many cancellations of jobs that a claim may bring are kept in mind: anybody can announce them. */
