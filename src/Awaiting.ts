@@ -84,6 +84,7 @@ export const make = Effect.fnUntraced(function*(store: Store.Store, wakeup: Wake
   const poke = Latch.makeUnsafe(false)
   const episode = Episode.make("waiting for the end of jobs")
   let polledAt = -Infinity
+  let closed = false
 
   const hurry = (id: string): void => {
     urgent.add(id)
@@ -134,6 +135,7 @@ export const make = Effect.fnUntraced(function*(store: Store.Store, wakeup: Wake
   // Nobody must wait for an answer that will not come.
   yield* Effect.addFinalizer(() =>
     Effect.sync(() => {
+      closed = true
       for (const waiters of waiting.values()) {
         for (const { end } of waiters) Deferred.doneUnsafe(end, Effect.interrupt)
       }
@@ -147,6 +149,7 @@ export const make = Effect.fnUntraced(function*(store: Store.Store, wakeup: Wake
     if (others === undefined) waiting.set(id, new Set([waiter]))
     else others.add(waiter)
     some.openUnsafe()
+    if (closed) Deferred.doneUnsafe(waiter.end, Effect.interrupt)
     return waiter
   }
   const leave = (id: string, waiter: Waiter): void => {
