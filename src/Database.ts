@@ -249,6 +249,11 @@ export const isConnectionLoss = (error: unknown): boolean =>
 export const isStatementTimeout = (error: unknown): boolean => isSqlError(error) && sqlState(error) === "57014"
 
 /**
+ * Returns `true` when the server takes no more notifications, or a limit of the server was met.
+ */
+export const isFullOfNews = (error: unknown): boolean => isSqlError(error) && sqlState(error) === "54000"
+
+/**
  * Waits between tries of a statement that failed for a transient reason: 0.1 s doubling to 1 s, with jitter.
  */
 export const backoff: Schedule.Schedule<unknown> = Schedule.min([

@@ -239,7 +239,7 @@ export const make = (db: Database.Database, schema: string) => {
       exists (select 1 from ${s}.worker w where queue = any (w.queues) and (kind = any (w.kinds) or kind ^@ any (w.prefixes))) as handled
     from line full join held using (queue, kind) full join done using (queue, kind) order by 1, 2`
 
-  const rows = (text: string, params: ReadonlyArray<unknown>) => db.query<any>(text, params)
+  const rows = <A extends object = any>(text: string, params: ReadonlyArray<unknown>) => db.query<A>(text, params)
   const run = (inUserTransaction: boolean, text: string, params: ReadonlyArray<unknown>) =>
     Database.run<any>(db, inUserTransaction, text, params)
 
@@ -351,7 +351,14 @@ export const make = (db: Database.Database, schema: string) => {
       entries: ReadonlyArray<Settlement.Entry>,
       now?: number
     ): Effect.Effect<ReadonlyArray<Settlement.Answer>, SqlError> =>
-      rows(settlement.settle, Settlement.columnsOf(worker, entries, channel, now)),
+      rows<Settlement.Answer>(settlement.settle, Settlement.columnsOf(worker, entries, channel, now)).pipe(
+        // A session that listens and does nothing has filled the server's queue of notifications. That is nobody's result
+        // to pay for: who waits looks by itself.
+        Effect.catchIf(
+          Database.isFullOfNews,
+          () => rows<Settlement.Answer>(settlement.settle, Settlement.columnsOf(worker, entries, "", now))
+        )
+      ),
 
     /**
      * Settles one job in the application's transaction. See `settle`.
