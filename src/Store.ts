@@ -18,6 +18,9 @@ import * as Upkeep from "./Upkeep.ts"
 export { columnsOf, keyedColumnsOf, type NewJob, type UniqueRule } from "./Insertion.ts"
 export type { EndRow } from "./Intervention.ts"
 
+/** The longest idle time that the server can hold, in milliseconds: 24 days. */
+const longestIdle = 2_147_483_647
+
 /** The first lane of suspects: jobs that have lost their worker more than once wait in 100 + priority. */
 export const suspectLane = 100
 
@@ -383,7 +386,7 @@ export const make = (db: Database.Database, schema: string) => {
       Effect.asVoid(Database.here(
         db,
         "select pg_catalog.set_config('idle_in_transaction_session_timeout', $1::text, true) as bound",
-        [String(Math.ceil(millis))]
+        [String(Math.min(longestIdle, Math.ceil(millis)))]
       )),
 
     /**

@@ -75,6 +75,8 @@ export const make = (options: {
       yield* store.boundIdle(Math.max(options.lease, running.row.timeout_ms ?? 0))
       // Its scope closes inside: finalizers may use the transaction.
       const value = yield* Effect.scoped(Effect.mapError(handler, (error) => new HandlerFailed(error)))
+      // From here on it holds locks of the queue, and has nothing to wait for but the commit.
+      if ((running.row.timeout_ms ?? 0) > options.lease) yield* store.boundIdle(options.lease)
       yield* settle(yield* Effect.catch(complete(value), (message) => Effect.die(new Error(message))))
       return value
     }).pipe(Effect.onInterrupt(() =>
