@@ -8,6 +8,7 @@
  * @since 0.1.0
  */
 import * as Effect from "effect/Effect"
+import * as Semaphore from "effect/Semaphore"
 import type { SqlError } from "effect/sql/SqlError"
 import * as Database from "./Database.ts"
 
@@ -225,8 +226,10 @@ export const impatiently = <A>(db: Database.Database, self: Effect.Effect<A, Sql
  */
 export const make = (db: Database.Database, s: string) => {
   const texts = statements(s)
+  // Those who wait for a stranger's transaction are not to take the queue's whole pool.
+  const turns = Semaphore.makeUnsafe(2)
   const together = <A>(inUserTransaction: boolean, self: Effect.Effect<A, SqlError>) =>
-    inUserTransaction ? self : impatiently(db, self)
+    inUserTransaction ? self : Semaphore.withPermit(turns, impatiently(db, self))
   const run = (inUserTransaction: boolean, text: string, params: ReadonlyArray<unknown>) =>
     (inUserTransaction ? db.app : db.own).unsafe<any>(text, params).unprepared
   const read = (inUserTransaction: boolean, text: string, params: ReadonlyArray<unknown>) =>
