@@ -227,7 +227,7 @@ export const impatiently = <A>(db: Database.Database, self: Effect.Effect<A, Sql
 export const make = (db: Database.Database, s: string) => {
   const texts = statements(s)
   // Those who wait for a stranger's transaction are not to take the queue's whole pool.
-  const turns = Semaphore.makeUnsafe(2)
+  const turns = Semaphore.makeUnsafe(3)
   const together = <A>(inUserTransaction: boolean, self: Effect.Effect<A, SqlError>) =>
     inUserTransaction ? self : Semaphore.withPermit(turns, impatiently(db, self))
   const run = (inUserTransaction: boolean, text: string, params: ReadonlyArray<unknown>) =>
