@@ -288,8 +288,9 @@ export const start = Effect.fnUntraced(function*(options: {
       lease.jobs.set(running.row.id, running)
       if (cancelling.has(running.row.id)) liveness.hurry()
       if (isSuspect(running)) suspects++
-      // Told to stop, or declared dead, meanwhile; a job whose row is gone; one suspect too many: back, unburnt.
-      const unwanted = stopping || worker !== liveness.id() || running.row.kind === null ||
+      // Told to stop, or declared dead, meanwhile; a job whose row is gone, or that is cancelled; one suspect too many:
+      // back, unburnt.
+      const unwanted = stopping || worker !== liveness.id() || running.row.kind === null || running.row.cancelled ||
         (isSuspect(running) && suspects > 1)
       if (unwanted) handBack(running)
     }

@@ -65,6 +65,8 @@ export interface ClaimedRow {
   readonly payload: string
   /** JSON text. */
   readonly progress: string | null
+  /** It was cancelled while it stood in line, by a transaction that saw it elsewhere. */
+  readonly cancelled: boolean
   /** The earlier attempts since it was enqueued or retried, oldest first, as JSON text of `AttemptRow`s. */
   readonly history: string | null
 }
@@ -187,7 +189,7 @@ export const make = (db: Database.Database, schema: string) => {
       rescued, timeout_ms::float8 as timeout_ms, trace, metadata::text as metadata,
       ${millis("enqueued_at")} as enqueued_at, ${millis("scheduled_for")} as scheduled_for,
       ${millis("clock_timestamp()")} as claimed_at, payload::text as payload,
-      progress::text as progress, case when attempt > 0 or rescued > 0 then (
+      progress::text as progress, cancelled_at is not null as cancelled, case when attempt > 0 or rescued > 0 then (
         select json_agg(json_build_object('n', a.n, 'tag', a.tag, 'at', ${millis("a.ended_at")},
           'message', case when a.size <= ${historySize} then a.message end, 'error', case when a.size <= ${historySize} then a.error end) order by a.id)
         from (

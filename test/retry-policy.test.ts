@@ -394,6 +394,7 @@ describe("the attempts that a policy is given", () => {
       claimed_at: begun + options.claimedAt,
       payload: "null",
       progress: null,
+      cancelled: false,
       history: options.history.length === 0 ? null : JSON.stringify(
         options.history.map(([at, tag, error], n) => ({
           n: n + 1,
