@@ -102,7 +102,6 @@ export const make = Effect.fnUntraced(function*(db: Database.Database, schema: s
         yield* pending.await
         const session = yield* connect
         ownProcess = session.processId
-        yield* succeeded
         while (true) {
           yield* pending.await
           pending.closeUnsafe()
@@ -121,6 +120,8 @@ export const make = Effect.fnUntraced(function*(db: Database.Database, schema: s
               })
             )
           )
+          // Not before: a session that connects may still be refused every announcement.
+          yield* succeeded
           if (dirty.size + told.size === 0) silent.openUnsafe()
           yield* Effect.sleep(pause)
         }
