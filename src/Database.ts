@@ -13,7 +13,8 @@ import * as Reactivity from "effect/reactivity/Reactivity"
 import * as Schedule from "effect/Schedule"
 import type * as Scope from "effect/Scope"
 import * as SqlClient from "effect/sql/SqlClient"
-import { isSqlError, type SqlError } from "effect/sql/SqlError"
+import { ConnectionError, isSqlError, SqlError } from "effect/sql/SqlError"
+import * as Bounded from "./Bounded.ts"
 
 /**
  * The ways to the database that one queue uses.
@@ -176,6 +177,18 @@ export const run = <A extends object>(
   params: ReadonlyArray<unknown>
 ): Effect.Effect<ReadonlyArray<A>, SqlError> =>
   inUserTransaction ? here<A>(db, text, params) : db.query<A>(text, params)
+
+/**
+ * Waits for an answer at most so many milliseconds, then fails as a lost connection does.
+ */
+export const answeredWithin =
+  (millis: number) => <A, R>(self: Effect.Effect<A, SqlError, R>): Effect.Effect<A, SqlError, R> =>
+    Effect.catchIf(Bounded.bounded(self, millis), (error) => error instanceof Bounded.TimedOut, (cause) =>
+      Effect.fail(
+        new SqlError({
+          reason: new ConnectionError({ cause, operation: "query", message: "the database did not answer in time" })
+        })
+      ))
 
 /** Sorts before every id. */
 export const firstId = "00000000-0000-0000-0000-000000000000"

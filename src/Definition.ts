@@ -228,7 +228,10 @@ export const make = (
         const pruned = new ExecuteError({ id, reason: "Pruned", message: "there is no such job" })
         if (!Enqueue.isJobId(id)) return Option.some(Exit.fail(pruned))
         const [end] = yield* store.ends([id], yield* Database.inside(database))
-        if (end === undefined) return Option.some(Exit.fail(pruned))
+        // An id may come from anywhere: what ended as another kind has no result of this one.
+        if (end === undefined || ![name, ...definition.aliases].includes(end.kind)) {
+          return Option.some(Exit.fail(pruned))
+        }
         return end.status === "open" ? Option.none() : Option.some(yield* Effect.exit(resultOf(end)))
       }),
     toLayer: (run: Registered["run"], handlerOptions?: HandlerOptions) =>

@@ -9,7 +9,7 @@ import * as Deferred from "effect/Deferred"
 import * as Effect from "effect/Effect"
 import * as Schedule from "effect/Schedule"
 import * as Semaphore from "effect/Semaphore"
-import { ConnectionError, SqlError } from "effect/sql/SqlError"
+import type { SqlError } from "effect/sql/SqlError"
 import * as Bounded from "./Bounded.ts"
 import * as Database from "./Database.ts"
 import type { Enqueued } from "./Enqueue.ts"
@@ -183,7 +183,7 @@ export const make = Effect.fnUntraced(function*(options: {
       })
   }
 
-  const answered = answeredWithin(insertBound)
+  const answered = Database.answeredWithin(insertBound)
   const plainly: Send = (jobs, patience) =>
     answered(UniqueKeys.insertPlain(options.store, jobs, { inUserTransaction: false, patience }))
   const keyed: Send = (jobs, patience) =>
@@ -217,14 +217,3 @@ export const persistently = <A, R>(self: Effect.Effect<A, SqlError, R>): Effect.
     while: (error) => Database.isTransient(error) && Database.sqlState(error) !== lockTimeout,
     schedule: Schedule.upTo(Database.backoff, { duration: outage })
   })
-
-/**
- * Waits for an answer at most so many milliseconds, then fails as a lost connection does.
- */
-export const answeredWithin = (millis: number) => <A>(self: Effect.Effect<A, SqlError>): Effect.Effect<A, SqlError> =>
-  Effect.catchIf(Bounded.bounded(self, millis), (error) => error instanceof Bounded.TimedOut, (cause) =>
-    Effect.fail(
-      new SqlError({
-        reason: new ConnectionError({ cause, operation: "enqueue", message: "the database did not answer in time" })
-      })
-    ))

@@ -53,6 +53,7 @@ export interface EndedAttemptRow {
 /** What has become of a job that somebody waits for; `open` when it has not ended. */
 export interface EndRow {
   readonly id: string
+  readonly kind: string
   readonly status: "open" | "completed" | "cancelled" | "discarded"
   readonly reason: string | null
   /** These two are JSON text. */
@@ -178,10 +179,10 @@ const statements = (s: string) => {
   // What has become of jobs that somebody waits for. The end of each that has one.
   const ends = `select e.* from pg_catalog.unnest($1::uuid[]) as w(id) cross join lateral (
       select * from (
-        select w.id::text as id, 'open' as status, null::text as reason, null::text as result, null::text as error
+        select w.id::text as id, j.kind, 'open' as status, null::text as reason, null::text as result, null::text as error
         from ${s}.job j where j.id = w.id
-        union all select w.id::text, f.status, f.reason, f.result::text, f.error::text from ${s}.finished f where f.id = w.id
-        union all select w.id::text, f.status, f.reason, f.result::text, f.error::text from ${s}.archive f where f.id = w.id
+        union all select w.id::text, f.kind, f.status, f.reason, f.result::text, f.error::text from ${s}.finished f where f.id = w.id
+        union all select w.id::text, f.kind, f.status, f.reason, f.result::text, f.error::text from ${s}.archive f where f.id = w.id
       ) e limit 1
     ) e`
 
@@ -211,6 +212,9 @@ const statements = (s: string) => {
   return { lock, cancel, retry, erase, discarded, inspect, attempts, ends, awaits, progress, clock }
 }
 
+/** A statement on a dead link never answers, in milliseconds. */
+const answerBound = 15_000
+
 /**
  * Runs an effect in a transaction of the queue's own that does not wait for somebody's open one without end: 5 s a lock.
  */
@@ -226,14 +230,15 @@ export const impatiently = <A>(db: Database.Database, self: Effect.Effect<A, Sql
  */
 export const make = (db: Database.Database, s: string) => {
   const texts = statements(s)
+  const answered = Database.answeredWithin(answerBound)
   // Those who wait for a stranger's transaction are not to take the queue's whole pool.
   const turns = Semaphore.makeUnsafe(3)
   const together = <A>(inUserTransaction: boolean, self: Effect.Effect<A, SqlError>) =>
-    inUserTransaction ? self : Semaphore.withPermit(turns, impatiently(db, self))
+    inUserTransaction ? self : Semaphore.withPermit(turns, answered(impatiently(db, self)))
   const run = (inUserTransaction: boolean, text: string, params: ReadonlyArray<unknown>) =>
     (inUserTransaction ? db.app : db.own).unsafe<any>(text, params).unprepared
   const read = (inUserTransaction: boolean, text: string, params: ReadonlyArray<unknown>) =>
-    Database.run<any>(db, inUserTransaction, text, params)
+    inUserTransaction ? Database.here<any>(db, text, params) : answered(db.query<any>(text, params))
 
   const verbs = {
     /**

@@ -195,7 +195,7 @@ export interface Job<
    * Takes any text, as it comes from a route or from {@link ExecuteError}; what is no id is that of no job.
    *
    * The failure is the job's typed error when it was discarded with one, and {@link ExecuteError} otherwise; `Pruned`
-   * when there is no such job. A stored result that no longer fits its schema is a defect of the exit. Inside
+   * when there is no such job of this kind. A stored result that no longer fits its schema is a defect of the exit. Inside
    * `sql.withTransaction` of the queue's client it sees what that has enqueued.
    */
   readonly poll: (

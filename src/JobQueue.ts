@@ -222,7 +222,7 @@ const make = Effect.fnUntraced(function*(options: Options) {
   /** Inserts in a transaction of the queue's own. */
   const insertApart = (jobs: ReadonlyArray<Store.NewJob>) =>
     Database.transaction(database.own, insertMany(jobs, false)).pipe(
-      Grouping.answeredWithin(bulkBound + jobs.length * bulkBoundPerJob),
+      Database.answeredWithin(bulkBound + jobs.length * bulkBoundPerJob),
       Grouping.persistently,
       Effect.tap((enqueued) => Effect.sync(() => announce(enqueued)))
     )

@@ -112,14 +112,19 @@ export const start = Effect.fnUntraced(function*(options: {
   /** For a loop that is to end by itself: an error that trying again does not mend. */
   const hopeless = Deferred.makeUnsafe<never, SqlError>()
 
-  const settler = Settler.make({
+  const settling = {
     store,
     worker: () => liveness.id(),
     now,
     onDoubt: () => liveness.doubt(),
     onRelief: signalAll,
     onSettled: settled
-  })
+  }
+  const settler = Settler.make(settling)
+  // Apart: a transaction that broke off at its commit may keep its lease locked for as long as it may be idle, and whoever
+  // settles that lease waits for it.
+  const settlerOfTransactions = Settler.make(settling)
+  const unsettled = () => settler.size() + settlerOfTransactions.size()
 
   function settled(entry: Settlement.Entry, answer: Settlement.Answer | undefined): void {
     const running = leases.settled(entry.lease, entry.id)
@@ -229,8 +234,10 @@ export const start = Effect.fnUntraced(function*(options: {
       }
       if (entry.verb === "completed") counts.completed++
       else if (entry.verb === "failed" || entry.verb === "discarded") counts.failed++
-      if (running.settled === undefined) settler.push(entry)
-      else {
+      if (running.settled === undefined) {
+        const its = handling.registered.transactional ? settlerOfTransactions : settler
+        its.push(entry)
+      } else {
         settled(entry, running.settled.answer)
         // A handler's own transaction tells nobody.
         if (running.settled.answer?.awaited === true) wakeup.tell("end", entry.id)
@@ -327,7 +334,7 @@ export const start = Effect.fnUntraced(function*(options: {
       const latch = signals.get(line.queue)!
       yield* latch.await
       latch.closeUnsafe()
-      while (!stopping && liveness.alive() && !settler.full() && startable > 0) {
+      while (!stopping && liveness.alive() && !settler.full() && !settlerOfTransactions.full() && startable > 0) {
         const room = Math.min(Line.wanted(line, now()), startable)
         if (room === 0) return
         timekeeper.busy(line.queue)
@@ -382,6 +389,7 @@ export const start = Effect.fnUntraced(function*(options: {
   yield* Effect.withTracerEnabled(
     Bounded.fork([
       settler.run,
+      settlerOfTransactions.run,
       liveness.run,
       timekeeper.run,
       ...lines.map(pull),
@@ -426,16 +434,19 @@ export const start = Effect.fnUntraced(function*(options: {
     yield* quiet(options.gracePeriod)
     for (const running of runs) interrupt(running, "shutdown")
     yield* quiet(1500)
-    yield* Effect.ignore(Bounded.bounded(Effect.andThen(claimsAnswered, settler.drained), left()))
+    const allSettled = Effect.andThen(settler.drained, settlerOfTransactions.drained)
+    yield* Effect.ignore(Bounded.bounded(Effect.andThen(claimsAnswered, allSettled), left()))
     liveness.retire()
     // A handler that does not stop keeps its lease until the others see that this process is gone.
-    const kept = runs.size + settler.size()
+    const kept = runs.size + unsettled()
     if (kept > 0) {
       yield* Effect.logWarning(
-        `effect-pgqueue: ${runs.size} handlers did not stop, ${settler.size()} jobs could not be settled; they are rescued after the lease time`
+        `effect-pgqueue: ${runs.size} handlers did not stop, ${unsettled()} jobs could not be settled; they are rescued after the lease time`
       )
     } else {
-      yield* Effect.ignoreCause(Bounded.bounded(store.unregister(liveness.id()), Math.min(1000, left())))
+      // A lease whose statement was never answered is not to count as a loss.
+      const goodbye = Effect.andThen(store.releaseAll(liveness.id()), store.unregister(liveness.id()))
+      yield* Effect.ignoreCause(Bounded.bounded(goodbye, Math.min(1000, left())))
     }
   })
 
@@ -445,7 +456,7 @@ export const start = Effect.fnUntraced(function*(options: {
       Deferred.await(hopeless),
       Effect.gen(function*() {
         const ended = () =>
-          leases.all.size === 0 && settler.size() === 0 &&
+          leases.all.size === 0 && unsettled() === 0 &&
           (startable <= 0 || (unparked && timekeeper.allDry() && liveness.alive()))
         while (!ended()) yield* Effect.sleep(5)
       })

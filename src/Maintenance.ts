@@ -140,9 +140,11 @@ export const tasks = (options: {
     task(
       "the audit",
       Effect.suspend(() =>
-        Effect.map(auditOnce(store, wakeup, audited), (last) => {
-          audited = last
-        })
+        options.allowed()
+          ? Effect.map(auditOnce(store, wakeup, audited), (last) => {
+            audited = last
+          })
+          : Effect.void
       )
     ),
     task(

@@ -114,7 +114,10 @@ export const make = (options: {
         ? options.transactional(
           running,
           handling.registered.run(payload, kind),
-          (value) => completed(value, running, handling, monotonic(clock) - startedAt)
+          (value) => {
+            const endedAt = monotonic(clock)
+            return completed(value, running, handling, { ran: endedAt - startedAt, endedAt })
+          }
         )
         : handling.registered.run(payload, kind)
     return Effect.gen(function*() {
@@ -133,6 +136,7 @@ export const make = (options: {
       running.entry = running.settled?.entry ??
         (yield* settlement(conclude(exit, control.intent, running), running, handling, history, {
           ran: endedAt - startedAt,
+          endedAt,
           // The database's clock when it was claimed and our own since then: what the stored attempts are measured with.
           at: running.row.claimed_at + endedAt - running.claimedAt
         }))
@@ -223,16 +227,17 @@ const settlement = (
   running: Running,
   handling: Handling,
   history: ReadonlyArray<RetryPolicy.Attempt<unknown>>,
-  ended: { readonly ran: number; readonly at: number }
+  ended: { readonly ran: number; readonly endedAt: number; readonly at: number }
 ): Effect.Effect<Settlement.Entry> => {
   const entry = (verb: Settlement.Verb, more: Partial<Settlement.Entry>): Settlement.Entry => ({
     ...entryOf(running, verb),
     ran: ended.ran,
+    endedAt: ended.endedAt,
     ...more
   })
   switch (outcome._tag) {
     case "Complete":
-      return Effect.catch(completed(outcome.value, running, handling, ended.ran), (message) =>
+      return Effect.catch(completed(outcome.value, running, handling, ended), (message) =>
         settlement(
           { _tag: "Retry", failure: { _tag: "Defect", message }, message },
           running,
@@ -278,7 +283,7 @@ const completed = (
   value: unknown,
   running: Running,
   handling: Handling,
-  ran: number
+  ended: { readonly ran: number; readonly endedAt: number }
 ): Effect.Effect<Settlement.Entry, string> =>
   Effect.flatMap(
     handling.encodeSuccess(value),
@@ -286,7 +291,8 @@ const completed = (
   ).pipe(
     Effect.map((result): Settlement.Entry => ({
       ...entryOf(running, "completed"),
-      ran,
+      ran: ended.ran,
+      endedAt: ended.endedAt,
       result: result === "null" ? undefined : result
     })),
     // Whatever the codec does, a run ends with a settlement.

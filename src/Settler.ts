@@ -81,7 +81,7 @@ export const make = (options: {
   const empty = Latch.makeUnsafe(true)
 
   const push = (entry: Settlement.Entry): void => {
-    waiting.push({ ...entry, endedAt: options.now() })
+    waiting.push(entry)
     full ||= waiting.length + inFlight >= backPressure
     empty.closeUnsafe()
     some.openUnsafe()

@@ -446,6 +446,18 @@ export const make = (db: Database.Database, schema: string) => {
       Effect.map(rows(settlement.release, [worker, leases]), takenBack),
 
     /**
+     * Puts the jobs of every lease of a worker back in line as if they had not been claimed.
+     */
+    releaseAll: (worker: string): Effect.Effect<void, SqlError> =>
+      Effect.flatMap(
+        rows(`select array_to_string(array_agg(id), ',') as ids from ${s}.lease where worker = $1::uuid`, [worker]),
+        ([row]) =>
+          row.ids === null
+            ? Effect.void
+            : Effect.asVoid(rows(settlement.release, [worker, Database.idsOf(row.ids)]))
+      ),
+
+    /**
      * Tells for each queue whether something is due and how many milliseconds until the next is. With `news`, due is only
      * what became due in the last so many milliseconds, queue by queue.
      */

@@ -204,6 +204,11 @@ const start = Effect.fnUntraced(function*(
       })
     }
   }
+  if (router.transactional.length > 0 && database.connect === undefined) {
+    yield* Effect.logWarning(
+      "effect-pgqueue: without a PgClient the heartbeat goes through the pool of the transactional handlers: give it more connections than handlers that run at once, or their jobs are lost"
+    )
+  }
   return yield* Loop.start({
     ...queue.internal,
     ...settings,

@@ -9,7 +9,7 @@ export * as Admin from "./Admin.ts"
 /** What a job is: define it, enqueue it, handle it. */
 export * as Job from "./Job.ts"
 /** The service producers use, and its layer. */
-export { JobQueue, JobQueueError } from "./JobQueue.ts"
+export { JobQueue, JobQueueError, type Options as JobQueueOptions, type Stats } from "./JobQueue.ts"
 /** Runs the jobs of one process. */
 export * as Worker from "./Worker.ts"
 /** What the queue measures of itself. */

@@ -215,6 +215,11 @@ describe("poll", () => {
       }
       yield* Admin.cancel(id)
       assert.deepInclude(failureOf(Option.getOrThrow(yield* Answer.poll(id))), { reason: "Cancelled" })
+      // A job of another kind is not one of these, whatever its result looks like; one under an old name is.
+      class Other extends Job.make("other") {}
+      class Renamed extends Job.make("renamed", { aliases: ["answer"] }) {}
+      assert.deepInclude(failureOf(Option.getOrThrow(yield* Other.poll(id))), { reason: "Pruned" })
+      assert.deepInclude(failureOf(Option.getOrThrow(yield* Renamed.poll(id))), { reason: "Cancelled" })
     })))
 
   it.live("sees what the transaction around it has enqueued, as Admin does, with its one connection", () =>

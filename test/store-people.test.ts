@@ -802,7 +802,7 @@ layer(Layer.provideMerge(JobQueue.layer(), Storage.layer), { excludeTestServices
       const held = (yield* claimed([job()])).ids[0]!
       const asked = [waiting, completed, uuid(), held, cancelled, discarded, old.completed, waiting]
       const ends = yield* store.ends(asked, false)
-      const end = { reason: null, result: null, error: null }
+      const end = { kind: "k", reason: null, result: null, error: null }
       const open = { ...end, id: waiting, status: "open" }
       assert.deepStrictEqual(
         ends.map(({ error, result, status, ...row }) => ({
