@@ -243,7 +243,7 @@ export const start = Effect.fnUntraced(function*(options: {
         if (running.settled.answer?.awaited === true) wakeup.tell("end", entry.id)
       }
       fill(line)
-      signal(line.queue)
+      timekeeper.freed(line.queue)
     })
   }
 

@@ -100,9 +100,23 @@ export const statements = (s: string) => {
       ) k on true
     )`
 
+  const putBack = (worker: string) =>
+    `back as (
+      insert into ${s}.ready (queue, lane, run_at, id, kind, attempt, group_key)
+      select queue, priority + case when next_rescued >= 2 then 100 else 0 end, next_run_at, id, kind, next_attempt, group_key
+      from decided where status is null on conflict do nothing
+    ), moved as (
+      update ${s}.job j set attempt = d.next_attempt, rescued = d.next_rescued, snoozed = d.next_snoozed, run_at = d.next_run_at
+      from decided d where j.id = any (array(select id from decided where status is null and changed)) and d.id = j.id
+    ), tried as (
+      insert into ${s}.attempt (job, n, tag, message, error, worker, started_at, ended_at)
+      select id, attempt + 1, failure ->> 'tag', failure ->> 'message', failure -> 'error', ${worker}, started_at, ended_at
+      from decided where status is null and failure is not null
+    ), `
+
   // The rest is the same for all three once `decided` says for each job: status (null: back in line), next_attempt,
   // next_rescued, next_snoozed, next_run_at, when the run ended, which an outage may have kept from being told, and the failure to record, if any.
-  const writes = (worker: string, lease: string) =>
+  const writes = (worker: string, lease: string, more = putBack(worker)) =>
     `ended as (
       insert into ${s}.finished (id, kind, queue, priority, status, reason, result, error, attempt, max_attempts, timeout_ms,
         rescued, snoozed, lease, worker, group_key, trace, metadata, enqueued_at, scheduled_for, started_at, finished_at, payload, progress)
@@ -114,18 +128,7 @@ export const statements = (s: string) => {
     ), freed as (
       delete from ${s}.unique_key where key = any (array(select unique_key from decided where status is not null and key_held))
         and (expires_at is null or expires_at <= pg_catalog.clock_timestamp())
-    ), back as (
-      insert into ${s}.ready (queue, lane, run_at, id, kind, attempt, group_key)
-      select queue, priority + case when next_rescued >= 2 then 100 else 0 end, next_run_at, id, kind, next_attempt, group_key
-      from decided where status is null on conflict do nothing
-    ), moved as (
-      update ${s}.job j set attempt = d.next_attempt, rescued = d.next_rescued, snoozed = d.next_snoozed, run_at = d.next_run_at
-      from decided d where j.id = any (array(select id from decided where status is null and changed)) and d.id = j.id
-    ), tried as (
-      insert into ${s}.attempt (job, n, tag, message, error, worker, started_at, ended_at)
-      select id, attempt + 1, failure ->> 'tag', failure ->> 'message', failure -> 'error', ${worker}, started_at, ended_at
-      from decided where status is null and failure is not null
-    ), left_over as materialized (
+    ), ${more}left_over as materialized (
       select h.id, array(select pg_catalog.unnest(h.ids) except select o.id from out_of_lease o where o.lease = h.id) as ids from held h
     ), shrunk as (
       update ${s}.lease l set ids = o.ids from left_over o
@@ -145,7 +148,8 @@ export const statements = (s: string) => {
           else c.now + least(300, 2 * pg_catalog.power(2, least(rescued, 10))) * (0.5 + pg_catalog.random()) * interval '1 second' end`
   }
 
-  const settle = `with input as materialized (
+  const settleBy = (writes: string) =>
+    `with input as materialized (
       select * from unnest($1::uuid[], $2::uuid[], $3::text[], $4::text[], $5::text[], $6::text[], $7::text[], $8::text[], $9::text[], $10::text[], $13::text[])
         as i(lease, id, verb, result, reason, delay_ms, tag, message, error, ran_ms, age_ms)
     ), held as materialized (
@@ -154,11 +158,11 @@ export const statements = (s: string) => {
       -- In the target list this stays a hashed subplan; as a join it may become quadratic (10 000 jobs/s at 20 000 a statement).
       select i.*, (i.lease, i.id) in (select h.id, u.id from held h cross join pg_catalog.unnest(h.ids) as u(id)) as mine from input i
     ), ${
-    locked(
-      "(select * from checked where mine)",
-      "m.lease, m.verb, m.result, m.reason, m.delay_ms, m.tag, m.message, m.error, m.ran_ms, m.age_ms"
-    )
-  }, decided as materialized (
+      locked(
+        "(select * from checked where mine)",
+        "m.lease, m.verb, m.result, m.reason, m.delay_ms, m.tag, m.message, m.error, m.ran_ms, m.age_ms"
+      )
+    }, decided as materialized (
       select l.*, c.now, c.now - l.age_ms::float8 * interval '1 millisecond' as ended_at,
         c.now - (l.age_ms::float8 + l.ran_ms::float8) * interval '1 millisecond' as started_at,
         case when verb = 'completed' then 'completed' when verb = 'discarded' then 'discarded'
@@ -181,7 +185,7 @@ export const statements = (s: string) => {
       from checked c where c.mine and case when c.id in (select id from decided) then false else true end
     ), out_of_lease as materialized (
       select lease, id from decided union all select lease, id from missing where not busy
-    ), ${writes("$11::uuid", "lease")}
+    ), ${writes}
     -- Announced at the commit, so that whoever waits is spared a round trip; rare enough for the lock that NOTIFY takes.
     select lease::text as lease, id::text as id, 'done' as state, status,
       case when awaited and status is not null and $12::text <> '' then pg_catalog.pg_notify($12::text, 'end ' || id)::text is not null
@@ -189,6 +193,9 @@ export const statements = (s: string) => {
     from decided where verb <> 'completed' or awaited
     union all select lease::text, id::text, case when busy then 'busy' else 'gone' end, null, false from missing
     union all select lease::text, id::text, 'gone', null, false from checked where not mine`
+  const settle = settleBy(writes("$11::uuid", "lease"))
+  // Where everything has completed nothing goes back in line: half as much for the planner, which sees it anew each time.
+  const complete = settleBy(writes("$11::uuid", "lease", ""))
 
   const takeBack = (held: string, decided: string) =>
     `with held as materialized (${held}),
@@ -238,5 +245,5 @@ export const statements = (s: string) => {
     )
     select alone from mine`
 
-  return { settle, rescue, release, detach }
+  return { settle, complete, rescue, release, detach }
 }

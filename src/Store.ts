@@ -355,21 +355,23 @@ export const make = (db: Database.Database, schema: string) => {
       worker: string,
       entries: ReadonlyArray<Settlement.Entry>,
       now?: number
-    ): Effect.Effect<ReadonlyArray<Settlement.Answer>, SqlError> =>
-      rows<Settlement.Answer>(settlement.settle, Settlement.columnsOf(worker, entries, channel, now)).pipe(
-        // A session that listens and does nothing has filled the server's queue of notifications. That is nobody's result
-        // to pay for: who waits looks by itself.
-        Effect.catchIf(
-          Database.isFullOfNews,
-          () => rows<Settlement.Answer>(settlement.settle, Settlement.columnsOf(worker, entries, "", now))
-        )
-      ),
+    ): Effect.Effect<ReadonlyArray<Settlement.Answer>, SqlError> => {
+      const text = entries.every(({ verb }) => verb === "completed") ? settlement.complete : settlement.settle
+      const send = (channel: string) =>
+        rows<Settlement.Answer>(text, Settlement.columnsOf(worker, entries, channel, now))
+      // A session that listens and does nothing has filled the server's queue of notifications. That is nobody's result to
+      // pay for: who waits looks by itself.
+      return Effect.catchIf(send(channel), Database.isFullOfNews, () => send(""))
+    },
 
     /**
-     * Settles one job in the application's transaction. See `settle`.
+     * Settles one job that has completed in the application's transaction. See `settle`.
      */
-    settleHere: (worker: string, entry: Settlement.Entry): Effect.Effect<ReadonlyArray<Settlement.Answer>, SqlError> =>
-      Database.here(db, settlement.settle, Settlement.columnsOf(worker, [entry])),
+    completeHere: (
+      worker: string,
+      entry: Settlement.Entry
+    ): Effect.Effect<ReadonlyArray<Settlement.Answer>, SqlError> =>
+      Database.here(db, settlement.complete, Settlement.columnsOf(worker, [entry])),
 
     /**
      * Moves a job out of its lease into one of its own. `"alone"`: it has one already; `"gone"`: it is no longer in that

@@ -31,6 +31,8 @@ export interface Timekeeper {
   readonly poke: () => void
   /** A queue is being claimed from. */
   readonly busy: (queue: string) => void
+  /** A job of a queue has ended, and a slot is free. */
+  readonly freed: (queue: string) => void
   /** Whether every queue has run dry and has been looked at since. */
   readonly allDry: () => boolean
   /** Keeps time until it is interrupted. */
@@ -118,6 +120,12 @@ export const make = Effect.fnUntraced(function*(options: {
     },
     poke: () => void poke.openUnsafe(),
     busy: (queue) => void dry.delete(queue),
+    freed: (queue) => {
+      // Where nothing was due a moment ago there is no haste: the settlement of the job that has ended goes first, on a
+      // machine where a claim would compete with it.
+      if (dry.has(queue)) dueIn(queue, settleDown)
+      else options.onDue(queue)
+    },
     allDry: () => dry.size === names.length && lookedAt > Math.max(...[...dry.values()].map(({ since }) => since)),
     run: tick.pipe(
       Effect.catchCause((cause) => Effect.andThen(episode.failed(cause), Effect.sleep("200 millis"))),

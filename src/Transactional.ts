@@ -53,7 +53,7 @@ export const make = (options: {
 
   /** The last statement before the commit: it holds if the job is still in its lease, and locks the lease until then. */
   const settle = (entry: Settlement.Entry): Effect.Effect<void, unknown> =>
-    Effect.flatMap(store.settleHere(options.worker(), entry), ([answer]) => {
+    Effect.flatMap(store.completeHere(options.worker(), entry), ([answer]) => {
       switch (answer?.state) {
         case "gone":
           return lost
