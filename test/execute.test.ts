@@ -4,8 +4,10 @@ import { assert, describe, it } from "@effect/vitest"
 import { Cause, Deferred, Duration, Effect, Exit, Fiber, Layer, Option, Redacted, Schedule, Schema } from "effect"
 import { SqlClient } from "effect/sql"
 import { Admin, Job, JobQueue, Worker } from "../src/index.ts"
+import { ownServer } from "./support/database.ts"
 import { makeLink } from "./support/link.ts"
 import {
+  assertRows,
   databaseUrl,
   pollingQueueLayer,
   queueLayer,
@@ -193,6 +195,47 @@ describe("execute", () => {
       yield* rows("delete from pgqueue.ready")
       yield* rows("delete from pgqueue.job")
       assert.deepInclude(failureOf(yield* Fiber.join(waiting)), { _tag: "ExecuteError", reason: "Pruned" })
+    })))
+
+  it.live("ends with its wait, though the link is dead when it asks for the end of somebody else's job", () =>
+    withQueue(Effect.gen(function*() {
+      const link = yield* makeLink(yield* databaseUrl)
+      const queue = Layer.fresh(
+        Layer.provideMerge(JobQueue.layer(), PgClient.layer({ url: Redacted.make(link.url), maxConnections: 3 }))
+      )
+      yield* Answer.enqueue({ question: "a" }, { unique: "key" })
+      link.loseRequestWith("set awaited = true")
+      const context = yield* Layer.build(queue)
+      const exit = yield* Answer.execute({ question: "b" }, { unique: "key", wait: "1 second" }).pipe(
+        Effect.provideContext(context),
+        Effect.exit,
+        Effect.timeout("6 seconds")
+      )
+      assert.deepInclude(failureOf(exit), { _tag: "ExecuteError", reason: "WaitTimedOut" })
+      assert.strictEqual(link.dead(), 1)
+    })))
+
+  it.live("gets its result though nobody can be told: the server's queue of notifications is full", () =>
+    Effect.scoped(Effect.gen(function*() {
+      // PostgreSQL 17 and newer can be given a small one.
+      const server = yield* ownServer({ version: "18", settings: { max_notify_queue_pages: 64 } })
+      yield* withQueue(
+        Effect.gen(function*() {
+          yield* answering
+          // Somebody listens, sleeps in a transaction, and keeps everything that is announced.
+          const sql = yield* SqlClient.SqlClient
+          const session = yield* sql.reserve
+          for (const text of ["listen other", "begin", "select 1"]) {
+            yield* session.executeUnprepared(text, [], undefined)
+          }
+          const fill = rows("select pg_notify('other', clock_timestamp() || repeat('x', 7900))::text")
+          assert.isTrue(Exit.isFailure(yield* Effect.exit(Effect.forever(fill))))
+          assert.strictEqual((yield* Answer.execute({ question: "still" })).text, "still!")
+          yield* assertRows("select status, attempt::int from pgqueue.finished", [{ status: "completed", attempt: 1 }])
+          yield* session.executeUnprepared("rollback", [], undefined)
+        }),
+        { serverUrl: server.url }
+      )
     })))
 
   it.live("works by polling alone", () =>

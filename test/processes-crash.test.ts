@@ -39,7 +39,10 @@ describe("a worker process that is killed", () => {
       yield* victim.kill("SIGKILL")
       yield* victim.ended
       // What it had sent may still be carried out.
-      yield* untilValue("select count(*)::int from pg_stat_activity where application_name = 'victim'", 0)
+      yield* untilValue(
+        "select count(*)::int from pg_stat_activity where application_name = 'victim' and datname = current_database()",
+        0
+      )
       const left = yield* value(
         "select coalesce(sum(cardinality(ids)), 0)::int from pgqueue.lease l join pgqueue.worker w on w.id = l.worker where w.name = 'victim'"
       )

@@ -33,7 +33,9 @@ describe("a process with ten transactional handlers at work", () => {
         yield* until(
           "the server has noticed",
           Effect.map(
-            value("select count(*)::int from pg_stat_activity where state like 'idle in transaction%'"),
+            value(
+              "select count(*)::int from pg_stat_activity where state like 'idle in transaction%' and datname = current_database()"
+            ),
             (n) => n === 0
           )
         )

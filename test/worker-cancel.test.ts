@@ -146,6 +146,55 @@ describe("a job that is cancelled", () => {
       yield* assertRows("select status from pgqueue.finished", [{ status: "completed" }])
     })))
 
+  it.live("by a transaction that saw it elsewhere does not start", () =>
+    withQueue(Effect.gen(function*() {
+      const sql = yield* SqlClient.SqlClient
+      const { id } = yield* Long.enqueue()
+      // A worker holds it, and hands it back unchanged after the snapshot of the transaction was taken.
+      yield* rows(`with line as (delete from pgqueue.ready returning id)
+        insert into pgqueue.lease (id, worker, ids) select gen_random_uuid(), gen_random_uuid(), array[id] from line`)
+      yield* sql.withTransaction(Effect.gen(function*() {
+        yield* sql`set transaction isolation level repeatable read`
+        yield* sql`select 1 from pgqueue.job`
+        yield* rows(`with held as (delete from pgqueue.lease returning ids[1] as id)
+          insert into pgqueue.ready (queue, lane, run_at, id, kind, attempt)
+          select j.queue, j.priority, j.run_at, j.id, j.kind, j.attempt from pgqueue.job j join held using (id)`)
+        assert.strictEqual(yield* Admin.cancel(id), "cancelling")
+      }))
+      let runs = 0
+      yield* working(Effect.sync(() => void runs++), queueLayer())
+      yield* untilAllEnded()
+      yield* assertRows("select status, attempt::int from pgqueue.finished", [{ status: "cancelled", attempt: 0 }])
+      assert.strictEqual(runs, 0)
+    })))
+
+  it.live("beside many others that somebody has locked holds up nobody else", () =>
+    withQueue(Effect.gen(function*() {
+      const sql = yield* SqlClient.SqlClient
+      class Echo extends Job.make("echo") {}
+      yield* running(Worker.layer({ jobs: [Echo] }).pipe(Layer.provide(Echo.toLayer(() => Effect.void))))
+      const jobs = yield* Long.enqueueAll(Array.from({ length: 20 }, () => undefined))
+      const [locked, end] = [yield* Deferred.make<void>(), yield* Deferred.make<void>()]
+      yield* Effect.forkChild(sql.withTransaction(
+        Effect.forEach(jobs, ({ id }) => Admin.cancel(id)).pipe(
+          Effect.andThen(Deferred.succeed(locked, undefined)),
+          Effect.andThen(Deferred.await(end))
+        )
+      ))
+      yield* Deferred.await(locked)
+      const others = yield* Effect.forkChild(
+        Effect.forEach(jobs, ({ id }) => Effect.exit(Admin.cancel(id)), { concurrency: "unbounded" })
+      )
+      yield* untilValue(
+        "select count(*)::int > 0 from pg_stat_activity where wait_event_type = 'Lock' and datname = current_database()",
+        true
+      )
+      // An enqueue, a claim and a settle, all of them through the pool that those wait in.
+      yield* Echo.execute(undefined, { wait: "3 seconds" })
+      yield* Deferred.succeed(end, undefined)
+      yield* Fiber.join(others)
+    })))
+
   it.live("again and again by forged announcements goes on", () =>
     withQueue(Effect.gen(function*() {
       const gate = yield* Deferred.make<void>()

@@ -1,7 +1,7 @@
 /** Handlers that are settled in their own transaction: both, or neither. */
 import { PgClient } from "@effect/sql-pg"
 import { assert, describe, it } from "@effect/vitest"
-import { Cause, Deferred, Effect, Exit, Layer, Option, Redacted, Schedule, Schema } from "effect"
+import { Cause, Deferred, Effect, Exit, Fiber, Layer, Option, Redacted, Schedule, Schema, Scope } from "effect"
 import { SqlClient } from "effect/sql"
 import { Admin, Job, JobQueue, Worker } from "../src/index.ts"
 import { makeDatabase } from "./support/database.ts"
@@ -147,7 +147,10 @@ describe("a transactional handler", () => {
       // Somebody has taken the job back and given it away; the handler does not know and completes.
       yield* rows("update pgqueue.lease set worker = $1::uuid, id = $1::uuid", ["0190b5a0-0000-7000-8000-000000000001"])
       yield* Deferred.succeed(go, undefined)
-      yield* untilValue("select count(*)::int from pg_stat_activity where state like 'idle in transaction%'", 0)
+      yield* untilValue(
+        "select count(*)::int from pg_stat_activity where state like 'idle in transaction%' and datname = current_database()",
+        0
+      )
       yield* paid()
       yield* assertRows("select ids[1]::text as id from pgqueue.lease", [{ id }])
       assert.strictEqual(yield* value("select count(*)::int from pgqueue.finished"), 0)
@@ -185,7 +188,10 @@ describe("a transactional handler", () => {
           Pay.toLayer(paying(() => Effect.void), { transactional: true })
         ]))
       )
-      yield* untilValue("select count(*)::int from pg_locks where locktype = 'advisory' and not granted", 1)
+      yield* untilValue(
+        "select count(*)::int from pg_locks join pg_database d on d.oid = database where locktype = 'advisory' and not granted and datname = current_database()",
+        1
+      )
       yield* Deferred.succeed(go, undefined)
       yield* untilValue("select count(*)::int from pgqueue.finished", 40)
       yield* assertRows("select cardinality(ids)::int as jobs from pgqueue.lease", [{ jobs: 1 }])
@@ -199,7 +205,10 @@ describe("a transactional handler", () => {
       yield* Effect.scoped(Effect.gen(function*() {
         yield* work(paying(() => Effect.never), { gracePeriod: 0 })
         yield* Pay.enqueue({ n: 1 })
-        yield* untilValue("select count(*)::int from pg_stat_activity where state = 'idle in transaction'", 1)
+        yield* untilValue(
+          "select count(*)::int from pg_stat_activity where state = 'idle in transaction' and datname = current_database()",
+          1
+        )
       }))
       yield* paid()
       yield* assertRows("select attempt::int, rescued::int from pgqueue.job", [{ attempt: 0, rescued: 0 }])
@@ -210,7 +219,10 @@ describe("a transactional handler", () => {
     withQueue(Effect.gen(function*() {
       yield* work(paying(() => Effect.never))
       const { id } = yield* Pay.enqueue({ n: 1 })
-      yield* untilValue("select count(*)::int from pg_stat_activity where state = 'idle in transaction'", 1)
+      yield* untilValue(
+        "select count(*)::int from pg_stat_activity where state = 'idle in transaction' and datname = current_database()",
+        1
+      )
       assert.strictEqual(yield* Admin.cancel(id), "cancelling")
       assert.deepInclude((yield* ends)[0], { status: "cancelled" })
       yield* paid()
@@ -229,7 +241,7 @@ describe("a transactional handler", () => {
         yield* Deferred.succeed(go, undefined)
         // It has tried, and tries again.
         yield* untilValue(
-          "select count(*)::int from pg_stat_activity where state like 'idle in transaction%' and query like 'with input as%'",
+          "select count(*)::int from pg_stat_activity where state like 'idle in transaction%' and query like 'with input as%' and datname = current_database()",
           1
         )
       }))
@@ -271,6 +283,68 @@ describe("a transactional handler", () => {
       }),
       { pool: { startupParameters: { default_transaction_isolation: "serializable" } } }
     ))
+
+  it.live("may have a timeout of a month", () =>
+    withQueue(Effect.gen(function*() {
+      yield* work(paying(() => Effect.void))
+      yield* Pay.enqueue({ n: 1 }, { timeout: "30 days" })
+      assert.deepInclude((yield* ends)[0], { status: "completed" })
+      yield* paid(1)
+    })))
+
+  it.live("that is told to stop while it gets its lease is handed back from where it is", () =>
+    withQueue(Effect.gen(function*() {
+      const link = yield* makeLink(yield* databaseUrl)
+      const queue = Layer.fresh(
+        Layer.provideMerge(JobQueue.layer(), PgClient.layer({ url: Redacted.make(link.url), maxConnections: 3 }))
+      )
+      yield* table
+      yield* Pay.enqueueAll([{ n: 1 }, { n: 2 }], { maxAttempts: 1 })
+      link.holdAnswersTo("select alone from mine")
+      const scope = yield* Scope.make()
+      yield* Layer.buildWithScope(
+        Layer.fresh(worker(paying(() => Effect.never), { gracePeriod: 0 }).pipe(Layer.provide(queue))),
+        scope
+      )
+      yield* until("the answer is held back", Effect.sync(() => link.held() > 0))
+      const closing = yield* Effect.forkChild(Scope.close(scope, Exit.void), { startImmediately: true })
+      link.letThrough()
+      yield* Fiber.join(closing)
+      yield* assertRows("select attempt::int, rescued::int from pgqueue.job", [
+        { attempt: 0, rescued: 0 },
+        { attempt: 0, rescued: 0 }
+      ])
+      yield* assertRows("select id from pgqueue.lease", [])
+      yield* allInPlace
+    })))
+
+  it.live("says how far it is from a fiber of its own, and is settled all the same", () =>
+    withQueue(Effect.gen(function*() {
+      const started = yield* Deferred.make<void>()
+      const go = yield* Deferred.make<void>()
+      const saying = Effect.forever(Effect.andThen(Job.progress(1), Effect.sleep(1)))
+      yield* work(paying(() =>
+        Effect.gen(function*() {
+          yield* Effect.forkChild(saying)
+          yield* Deferred.succeed(started, undefined)
+          yield* Deferred.await(go)
+        })
+      ))
+      const { id } = yield* Pay.enqueue({ n: 1 })
+      yield* Deferred.await(started)
+      const sql = yield* SqlClient.SqlClient
+      // Both meet somebody who has locked the row of the job, and must not wait for each other when that is over.
+      yield* sql.withTransaction(Effect.gen(function*() {
+        yield* sql`select 1 from pgqueue.job where id = ${id}::uuid for update`
+        yield* Deferred.succeed(go, undefined)
+        yield* untilValue(
+          "select count(*)::int from pg_stat_activity where state like 'idle in transaction%' and query like 'with input as%' and datname = current_database()",
+          1
+        )
+      }))
+      yield* untilAllEnded({ within: 4000 })
+      yield* paid(1)
+    })))
 
   it.live("begins other transactions as their clients do", () =>
     withQueue(Effect.gen(function*() {
