@@ -190,7 +190,7 @@ describe("a job that is cancelled", () => {
         true
       )
       // An enqueue, a claim and a settle, all of them through the pool that those wait in.
-      yield* Echo.execute(undefined, { wait: "3 seconds" })
+      yield* Effect.timeout(Echo.execute(), "4 seconds")
       yield* Deferred.succeed(end, undefined)
       yield* Fiber.join(others)
     })))
