@@ -178,6 +178,9 @@ export const run = <A extends object>(
 ): Effect.Effect<ReadonlyArray<A>, SqlError> =>
   inUserTransaction ? here<A>(db, text, params) : db.query<A>(text, params)
 
+/** A statement on a dead link never answers: how long people's questions wait, in milliseconds. */
+export const answerBound = 15_000
+
 /**
  * Waits for an answer at most so many milliseconds, then fails as a lost connection does.
  */

@@ -11,12 +11,13 @@ import * as Effect from "effect/Effect"
 import type { SqlError } from "effect/sql/SqlError"
 import * as Database from "./Database.ts"
 import * as Insertion from "./Insertion.ts"
+import * as Inspection from "./Inspection.ts"
 import * as Intervention from "./Intervention.ts"
 import * as Settlement from "./Settlement.ts"
 import * as Upkeep from "./Upkeep.ts"
 
 export { columnsOf, keyedColumnsOf, type NewJob, type UniqueRule } from "./Insertion.ts"
-export type { EndRow } from "./Intervention.ts"
+export { type EndRow, everything, type Stats } from "./Inspection.ts"
 
 /** The longest idle time that the server can hold, in milliseconds: 24 days. */
 const longestIdle = 2_147_483_647
@@ -90,23 +91,6 @@ export interface Beat {
   readonly cancelled: ReadonlyArray<string>
 }
 
-/** The counts of one queue and kind. */
-export interface Stats {
-  readonly queue: string
-  readonly kind: string
-  readonly available: number
-  readonly scheduled: number
-  readonly retryable: number
-  readonly running: number
-  readonly completed: number
-  readonly cancelled: number
-  readonly discarded: number
-  /** Milliseconds the job at the front has been due; 0 when none is. */
-  readonly lag: number
-  /** Whether a live worker lists this kind. */
-  readonly handled: boolean
-}
-
 /** What a rescue or a release did. */
 export interface TakenBack {
   readonly leases: number
@@ -124,9 +108,6 @@ export interface TakenBack {
  * an error of 64 KiB each would be a row that no client can read.
  */
 const historySize = 1_048_576
-
-/** Longer than anything has been due, in milliseconds. */
-export const everything = 1e13
 
 /** Asks whether a session is still there. */
 export const probeText = "select 1 as here"
@@ -146,6 +127,7 @@ export const make = (db: Database.Database, schema: string) => {
   const settlement = Settlement.statements(s)
   // Without LISTEN nobody hears it.
   const channel = db.connect === undefined ? "" : Database.channelOf(schema)
+  const inspection = Inspection.make(db, s)
   const intervention = Intervention.make(db, s)
   const upkeep = Upkeep.make(db, s)
 
@@ -211,44 +193,12 @@ export const make = (db: Database.Database, schema: string) => {
     cross join lateral (select j.id from ${s}.job j where j.id = u.id and j.cancelled_at is not null offset 0) j
     where l.worker = $1::uuid`
 
-  // Two probes a lane, due and future: cheap however long the lanes are. Not EXISTS: it drops the order, and then a scan of
-  // the whole line looks cheap to the planner, which expects the first row to fit.
-  const lookText = `select q.queue, bool_or(p.due) as due, min(p.wait)::float8 as wait
-    from unnest($1::text[], $3::float8[]) as q(queue, news) cross join unnest($2::int2[]) as l(lane)
-    cross join lateral (
-      select (select true from ${s}.ready r where r.queue = q.queue and r.lane = l.lane and r.run_at <= statement_timestamp()
-          and r.run_at > statement_timestamp() - q.news * interval '1 millisecond' order by r.run_at, r.id limit 1) is not null as due,
-        (select ${millis("r.run_at - statement_timestamp()")} from ${s}.ready r
-          where r.queue = q.queue and r.lane = l.lane and r.run_at > statement_timestamp()
-          order by r.run_at, r.id limit 1) as wait
-    ) p group by q.queue`
-
-  const statsText = `with line as (
-      select queue, kind, pg_catalog.count(*) filter (where run_at <= pg_catalog.clock_timestamp()) as available,
-        pg_catalog.count(*) filter (where run_at > pg_catalog.clock_timestamp() and attempt = 0) as scheduled,
-        pg_catalog.count(*) filter (where run_at > pg_catalog.clock_timestamp() and attempt > 0) as retryable,
-        greatest(0, ${millis("pg_catalog.clock_timestamp() - pg_catalog.min(run_at)")}) as lag
-      from ${s}.ready group by 1, 2
-    ), held as (
-      select j.queue, j.kind, pg_catalog.count(*) as running
-      from ${s}.lease l cross join pg_catalog.unnest(l.ids) as u(id) join ${s}.job j on j.id = u.id group by 1, 2
-    ), done as (
-      select queue, kind, pg_catalog.count(*) filter (where status = 'completed') as completed,
-        pg_catalog.count(*) filter (where status = 'cancelled') as cancelled, pg_catalog.count(*) filter (where status = 'discarded') as discarded
-      from ${s}.finished group by 1, 2
-    )
-    select queue, kind, coalesce(available, 0)::float8 as available, coalesce(scheduled, 0)::float8 as scheduled,
-      coalesce(retryable, 0)::float8 as retryable, coalesce(running, 0)::float8 as running,
-      coalesce(completed, 0)::float8 as completed, coalesce(cancelled, 0)::float8 as cancelled,
-      coalesce(discarded, 0)::float8 as discarded, coalesce(lag, 0)::float8 as lag,
-      exists (select 1 from ${s}.worker w where queue = any (w.queues) and (kind = any (w.kinds) or kind ^@ any (w.prefixes))) as handled
-    from line full join held using (queue, kind) full join done using (queue, kind) order by 1, 2`
-
   const rows = <A extends object = any>(text: string, params: ReadonlyArray<unknown>) => db.query<A>(text, params)
   const run = (inUserTransaction: boolean, text: string, params: ReadonlyArray<unknown>) =>
     Database.run<any>(db, inUserTransaction, text, params)
 
   return {
+    ...inspection.verbs,
     ...intervention.verbs,
     ...upkeep.verbs,
 
@@ -428,8 +378,8 @@ export const make = (db: Database.Database, schema: string) => {
       expireKeys: insertion.expireKeys,
       claim: claimText,
       beat: beatText,
-      look: lookText,
       ...settlement,
+      ...inspection.texts,
       ...intervention.texts,
       ...upkeep.texts
     },
@@ -457,26 +407,7 @@ export const make = (db: Database.Database, schema: string) => {
           row.ids === null
             ? Effect.void
             : Effect.asVoid(rows(settlement.release, [worker, Database.idsOf(row.ids)]))
-      ),
-
-    /**
-     * Tells for each queue whether something is due and how many milliseconds until the next is. With `news`, due is only
-     * what became due in the last so many milliseconds, queue by queue.
-     */
-    look: (
-      queues: ReadonlyArray<string>,
-      lanes: ReadonlyArray<number>,
-      news: ReadonlyArray<number> = queues.map(() => everything)
-    ): Effect.Effect<
-      ReadonlyArray<{ readonly queue: string; readonly due: boolean; readonly wait: number | null }>,
-      SqlError
-    > => rows(lookText, [queues, lanes, news.map(String)]),
-
-    /**
-     * Counts jobs by queue and kind.
-     */
-    stats: (inUserTransaction: boolean): Effect.Effect<ReadonlyArray<Stats>, SqlError> =>
-      run(inUserTransaction, statsText, [])
+      )
   }
 }
 

@@ -88,7 +88,15 @@ interface Rule {
   readonly allowed: Readonly<Record<string, string>>
 }
 
-const sqlFiles = ["Store.ts", "Insertion.ts", "Settlement.ts", "Intervention.ts", "Upkeep.ts", "Migrations.ts"]
+const sqlFiles = [
+  "Store.ts",
+  "Insertion.ts",
+  "Settlement.ts",
+  "Inspection.ts",
+  "Intervention.ts",
+  "Upkeep.ts",
+  "Migrations.ts"
+]
 /** Runs the texts of the others, holds none. */
 const sqlRunner = "Database.ts"
 const pureFiles = ["Outcome.ts", "RetryPolicy.ts"]
