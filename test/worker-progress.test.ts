@@ -1,9 +1,9 @@
 /** What a handler says of its job while it runs. */
 import { assert, describe, it } from "@effect/vitest"
-import { Deferred, Effect, Layer, Option, Schedule, type Schema } from "effect"
+import { Deferred, Effect, Fiber, Layer, Option, Schedule, Schema } from "effect"
 import { SqlClient } from "effect/sql"
 import { Admin, Job, Worker } from "../src/index.ts"
-import { assertRows, rows, running, until, untilAllEnded, withPolling, withQueue } from "./support/queue.ts"
+import { assertRows, now, rows, running, until, untilAllEnded, withPolling, withQueue } from "./support/queue.ts"
 
 class Import extends Job.make("import", { retry: Schedule.spaced(10), maxAttempts: 3 }) {}
 
@@ -106,6 +106,43 @@ describe("Job.progress", () => {
       yield* Deferred.succeed(go, undefined)
       yield* Deferred.await(said)
       assert.strictEqual(yield* progressOf(id), "mine")
+    })))
+
+  it.live("of jobs that somebody has locked holds up no other job of the worker", () =>
+    withQueue(Effect.gen(function*() {
+      class Echo extends Job.make("echo", { payload: { n: Schema.Finite }, success: Schema.Finite }) {}
+      const count = 20
+      const [locked, end] = [yield* Deferred.make<void>(), yield* Deferred.make<void>()]
+      const ran = new Set<string>()
+      const said = new Set<string>()
+      const importing = Effect.gen(function*() {
+        const { id } = yield* Job.Current
+        ran.add(id)
+        yield* Deferred.await(locked)
+        yield* Effect.forever(Effect.andThen(Effect.sync(() => said.add(id)), Job.progress(1)))
+      })
+      yield* running(
+        Worker.layer({ jobs: [Import, Echo], concurrency: 50, gracePeriod: 0 }).pipe(
+          Layer.provide([Import.toLayer(() => importing), Echo.toLayer(({ n }) => Effect.succeed(n))])
+        )
+      )
+      yield* Import.enqueueAll(Array.from({ length: count }, () => undefined))
+      yield* until("they run", Effect.sync(() => ran.size === count))
+      const sql = yield* SqlClient.SqlClient
+      const holder = yield* sql`select 1 from pgqueue.job for update`.pipe(
+        Effect.andThen(Deferred.succeed(locked, undefined)),
+        Effect.andThen(Deferred.await(end)),
+        sql.withTransaction,
+        Effect.forkChild
+      )
+      yield* until("all say something", Effect.sync(() => said.size === count))
+      for (let n = 0; n < 5; n++) {
+        const begun = yield* now
+        assert.strictEqual(yield* Echo.execute({ n }), n)
+        assert.isBelow((yield* now) - begun, 3000)
+      }
+      yield* Deferred.succeed(end, undefined)
+      yield* Fiber.join(holder)
     })))
 
   it.live("is given up after five seconds, and the handler goes on", () =>
