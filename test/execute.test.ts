@@ -1,7 +1,20 @@
 /** Waiting for the result of a job, and looking once how it ended. */
 import { PgClient } from "@effect/sql-pg"
 import { assert, describe, it } from "@effect/vitest"
-import { Cause, Deferred, Duration, Effect, Exit, Fiber, Layer, Option, Redacted, Schedule, Schema } from "effect"
+import {
+  Cause,
+  Deferred,
+  Duration,
+  Effect,
+  Exit,
+  Fiber,
+  Layer,
+  Option,
+  Redacted,
+  Schedule,
+  Schema,
+  Scope
+} from "effect"
 import { SqlClient } from "effect/sql"
 import { Admin, Job, JobQueue, Worker } from "../src/index.ts"
 import { ownServer } from "./support/database.ts"
@@ -236,6 +249,31 @@ describe("execute", () => {
         }),
         { serverUrl: server.url }
       )
+    })))
+
+  it.live("is interrupted when its layer closes before the job of somebody else is marked", () =>
+    withQueue(Effect.gen(function*() {
+      yield* Answer.enqueue({ question: "a" }, { unique: "key" })
+      const link = yield* makeLink(yield* databaseUrl)
+      const scope = yield* Scope.make()
+      const context = yield* Layer.buildWithScope(
+        Layer.fresh(JobQueue.layer().pipe(Layer.provide(PgClient.layer({ url: Redacted.make(link.url) })))),
+        scope
+      )
+      link.holdAnswersTo("set awaited = true")
+      const waiting = yield* Answer.execute({ question: "b" }, { unique: "key" }).pipe(
+        Effect.provideContext(context),
+        Effect.forkDetach
+      )
+      yield* until("it is marked", Effect.sync(() => link.held() > 0))
+      assert.isAbove(link.sessions("LISTEN"), 0)
+      const closing = yield* Effect.forkChild(Scope.close(scope, Exit.void), { startImmediately: true })
+      // The session that listens closes after everybody who waits has been told.
+      yield* until("nobody listens", Effect.sync(() => link.sessions("LISTEN") === 0))
+      link.letThrough()
+      yield* Fiber.join(closing)
+      const end = yield* Effect.timeoutOption(Fiber.await(waiting), "5 seconds")
+      assert.isTrue(Option.isSome(end) && Exit.isFailure(end.value) && Cause.hasInterrupts(end.value.cause))
     })))
 
   it.live("works by polling alone", () =>

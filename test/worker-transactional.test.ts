@@ -284,6 +284,39 @@ describe("a transactional handler", () => {
       { pool: { startupParameters: { default_transaction_isolation: "serializable" } } }
     ))
 
+  it.live("whose commit never arrives is over after the lease, however long its timeout is", () =>
+    withQueue(Effect.gen(function*() {
+      yield* table
+      const link = yield* makeLink(yield* databaseUrl)
+      const struck = yield* Deferred.make<void>()
+      yield* running(
+        Worker.layer({ jobs: [Pay], heartbeat: 500, lease: 2000 }).pipe(
+          Layer.provide(Pay.toLayer(
+            paying(() =>
+              Effect.sync(() => {
+                link.strike({ text: "COMMIT", at: "lost" }, () => Deferred.doneUnsafe(struck, Effect.void))
+              })
+            ),
+            { transactional: true }
+          )),
+          Layer.provide(Layer.fresh(
+            Layer.provideMerge(JobQueue.layer(), PgClient.layer({ url: Redacted.make(link.url), maxConnections: 5 }))
+          ))
+        )
+      )
+      yield* Pay.enqueue({ n: 1 }, { timeout: "1 hour" })
+      yield* Deferred.await(struck)
+      // It has settled, and keeps the locks of that: of its lease, its job and its key.
+      yield* untilValue(
+        "select count(*)::int from pg_stat_activity where state = 'idle in transaction' and datname = current_database()",
+        1
+      )
+      yield* untilAllEnded({ within: 8000 })
+      yield* assertRows("select status from pgqueue.finished", [{ status: "discarded" }])
+      yield* paid()
+      yield* allInPlace
+    })))
+
   it.live("may have a timeout of a month", () =>
     withQueue(Effect.gen(function*() {
       yield* work(paying(() => Effect.void))
