@@ -23,7 +23,8 @@ const seconds = long ? 110 : 4
 /** How long somebody waits for a result, in milliseconds. */
 const longestWait = 3000
 
-const any = <A>(from: ReadonlyArray<A>): A => from[Math.floor(Math.random() * from.length)]!
+const chance = () => Math.random()
+const any = <A>(from: ReadonlyArray<A>): A => from[Math.floor(chance() * from.length)]!
 
 /** Each end of a job, of which the table of finished jobs shows only the last, and that only until somebody deletes it. */
 const watchCompletions = Effect.gen(function*() {
@@ -61,13 +62,13 @@ describe("everything at once", () => {
                 Effect.sync(() => {
                   if (Cause.hasDies(cause)) complaints.push(Cause.pretty(cause))
                 }))
-              yield* Effect.sleep(Math.random() * pause * 2)
+              yield* Effect.sleep(chance() * pause * 2)
             }
           })
 
         const ids: Array<string> = []
         const enqueue = Effect.suspend(() => {
-          const key = `k${Math.floor(Math.random() * 20)}`
+          const key = `k${Math.floor(chance() * 20)}`
           const options = any([
             {},
             {},
@@ -88,7 +89,7 @@ describe("everything at once", () => {
           ])
           return Effect.map(any([Paid, Paid, Plain, Rare]).enqueue(payload(), options), ({ id }) => ids.push(id))
         })
-        const payload = () => ({ millis: any([0, 0, 5, 30, 300, 1500]), how: Math.floor(Math.random() * 10_000) })
+        const payload = () => ({ millis: any([0, 0, 5, 30, 300, 1500]), how: Math.floor(chance() * 10_000) })
 
         const act = Effect.suspend((): Effect.Effect<unknown, unknown> => {
           if (ids.length === 0) return Effect.void
@@ -96,7 +97,7 @@ describe("everything at once", () => {
           const deed = any<typeof acts[number]>(acts)(id)
           return any([
             deed,
-            sql.withTransaction(Effect.andThen(deed, Effect.sleep(Math.random() * 400))),
+            sql.withTransaction(Effect.andThen(deed, Effect.sleep(chance() * 400))),
             sql.withTransaction(Effect.andThen(deed, Effect.andThen(Effect.sleep(50), Effect.fail("rolled back"))))
           ])
         })
@@ -110,12 +111,13 @@ describe("everything at once", () => {
           () => Admin.redrive({ limit: 20 }),
           Admin.get
         ].map((deed) => (id: string) =>
+          // Sound: what they need is what the test has at hand.
           Effect.provideContext(deed(id) as Effect.Effect<unknown, unknown, any>, services)
         )
 
         const execute = Effect.gen(function*() {
           const begun = yield* now
-          const options = any([{}, {}, { unique: `k${Math.floor(Math.random() * 20)}` }])
+          const options = any([{}, {}, { unique: `k${Math.floor(chance() * 20)}` }])
           yield* Effect.exit(any([Paid, Plain, Rare]).execute(payload(), { ...options, wait: longestWait }))
           // The enqueue may take its time when sessions are lost.
           const took = (yield* now) - begun
@@ -129,7 +131,7 @@ describe("everything at once", () => {
         const life = (options: Omit<ChaosProgram, "url">) =>
           Effect.scoped(Effect.gen(function*() {
             const program = yield* start(options)
-            yield* Effect.sleep(1000 + Math.random() * (long ? 8000 : 2000))
+            yield* Effect.sleep(1000 + chance() * (long ? 8000 : 2000))
             const how = any(["SIGKILL", "SIGTERM", "SIGTERM", "freeze"] as const)
             if (how === "freeze") {
               yield* program.kill("SIGSTOP")

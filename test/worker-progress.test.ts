@@ -119,7 +119,7 @@ describe("Job.progress", () => {
         const { id } = yield* Job.Current
         ran.add(id)
         yield* Deferred.await(locked)
-        yield* Effect.forever(Effect.andThen(Effect.sync(() => said.add(id)), Job.progress(1)))
+        return yield* Effect.forever(Effect.andThen(Effect.sync(() => said.add(id)), Job.progress(1)))
       })
       yield* running(
         Worker.layer({ jobs: [Import, Echo], concurrency: 50, gracePeriod: 0 }).pipe(

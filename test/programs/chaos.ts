@@ -3,6 +3,7 @@ import * as NodeRuntime from "@effect/platform-node/NodeRuntime"
 import * as PgClient from "@effect/sql-pg/PgClient"
 import * as Effect from "effect/Effect"
 import * as Layer from "effect/Layer"
+import * as Random from "effect/Random"
 import * as Redacted from "effect/Redacted"
 import * as Schedule from "effect/Schedule"
 import * as Schema from "effect/Schema"
@@ -40,7 +41,7 @@ const handler = Effect.fnUntraced(function*({ how, millis }: { readonly how: num
   if (how % 11 === 2) yield* Effect.forkChild(Effect.forever(Effect.andThen(Job.progress(how), Effect.sleep(5))))
   yield* Effect.sleep(millis)
   if (how % 13 === 3 && attempt < 3) return yield* Effect.die("no")
-  if (how % 17 === 4 && Math.random() < 0.5) return yield* Job.snooze(30)
+  if (how % 17 === 4 && (yield* Random.nextBoolean)) return yield* Job.snooze(30)
   if (how % 19 === 5) return yield* Job.cancel("enough")
   if (how % 23 === 6) yield* Effect.forkDetach(Job.discard("enough"))
   if (how % 29 === 7) yield* Effect.andThen(Effect.forkChild(Effect.sleep(1)), Effect.sleep(30))
