@@ -1,9 +1,18 @@
 /** What a uniqueness rule says besides the key: how long it holds, and what an enqueue does that meets a holder. */
 import { assert, describe, it } from "@effect/vitest"
-import { Deferred, Effect, Layer, Schema } from "effect"
+import { Deferred, Effect, Layer, Schedule, Schema } from "effect"
 import { SqlClient } from "effect/sql"
 import { Job, JobQueue, Worker } from "../src/index.ts"
-import { allInPlace, rows, running, untilAllEnded, untilValue, value, withQueue } from "./support/queue.ts"
+import {
+  allInPlace,
+  allInPlaceButKeys,
+  rows,
+  running,
+  untilAllEnded,
+  untilValue,
+  value,
+  withQueue
+} from "./support/queue.ts"
 
 class Sync extends Job.make("sync", { payload: { n: Schema.Number }, retry: { while: () => false } }) {}
 
@@ -167,6 +176,23 @@ describe("until", () => {
       yield* Deferred.await(retried)
       yield* untilValue("select count(*)::int from pgqueue.finished", 1)
       yield* untilValue("select count(*)::int from pgqueue.unique_key", 1)
+      yield* allInPlace
+    })))
+
+  it.live("a job that waits for its retry is as it should be, though the key that its row names is nobody's", () =>
+    withQueue(Effect.gen(function*() {
+      class Later extends Job.make("later", { error: Schema.String, retry: Schedule.spaced("1 hour") }) {}
+      yield* running(
+        Worker.layer({ jobs: [Later] }).pipe(Layer.provide(Later.toLayer(() => Effect.fail("again"))))
+      )
+      const rule = { unique: { key: "k", until: "started" } } as const
+      yield* Later.enqueue(undefined, rule)
+      yield* untilValue("select count(*)::int from pgqueue.ready where attempt = 1", 1)
+      assert.strictEqual(yield* value("select count(*)::int from pgqueue.job where unique_key is not null"), 1)
+      assert.strictEqual(yield* value("select count(*)::int from pgqueue.unique_key"), 0)
+      yield* allInPlaceButKeys
+      // The key is free for the next one, and the strict check is content when it has a holder.
+      assert.strictEqual((yield* Later.enqueue(undefined, { ...rule, delay: "1 hour" })).status, "inserted")
       yield* allInPlace
     })))
 

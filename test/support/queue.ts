@@ -9,7 +9,7 @@ import type * as Queue from "../../src/JobQueue.ts"
 import * as Store from "../../src/Store.ts"
 import { clientLayer, makeDatabase, TestDatabase } from "./database.ts"
 import { createLedger, Ledger } from "./ledger.ts"
-import { assertInPlace, schema, Storage } from "./storage.ts"
+import { assertInPlace, assertInPlaceButKeys, schema, Storage } from "./storage.ts"
 
 /** What {@link withQueue} accepts. */
 export interface QueueOptions {
@@ -174,11 +174,16 @@ export const burnt = rows<{ id: string }>(
 )
 
 /** Fails unless every job is in exactly one place, and every lease, line entry and key belongs to one. */
-export const allInPlace = Effect.gen(function*() {
+export const allInPlace = Effect.suspend(() => onStorage(assertInPlace))
+
+/** As {@link allInPlace}, where jobs may have given their keys back before their end. */
+export const allInPlaceButKeys = Effect.suspend(() => onStorage(assertInPlaceButKeys))
+
+const onStorage = Effect.fnUntraced(function*<A, E>(check: Effect.Effect<A, E, Storage>) {
   const { sql } = yield* Ledger
   const db = yield* Database.make(sql, { maxConnections: 1 })
-  yield* Effect.provideService(assertInPlace, Storage, { sql, db, store: Store.make(db, schema) })
-}).pipe(Effect.scoped)
+  return yield* Effect.provideService(check, Storage, { sql, db, store: Store.make(db, schema) })
+}, Effect.scoped)
 
 /** Fails unless the rows are these. */
 export const assertRows = (text: string, expected: ReadonlyArray<object>, params?: ReadonlyArray<unknown>) =>
