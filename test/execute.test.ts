@@ -16,6 +16,7 @@ import {
   Scope
 } from "effect"
 import { SqlClient } from "effect/sql"
+import * as Awaiting from "../src/Awaiting.ts"
 import { Admin, Job, JobQueue, Worker } from "../src/index.ts"
 import { ownServer } from "./support/database.ts"
 import { makeLink } from "./support/link.ts"
@@ -251,29 +252,19 @@ describe("execute", () => {
       )
     })))
 
-  it.live("is interrupted when its layer closes before the job of somebody else is marked", () =>
+  it.live("is interrupted when its layer closes, whether it has begun to wait or is about to", () =>
     withQueue(Effect.gen(function*() {
-      yield* Answer.enqueue({ question: "a" }, { unique: "key" })
-      const link = yield* makeLink(yield* databaseUrl)
+      const { internal } = yield* JobQueue
       const scope = yield* Scope.make()
-      const context = yield* Layer.buildWithScope(
-        Layer.fresh(JobQueue.layer().pipe(Layer.provide(PgClient.layer({ url: Redacted.make(link.url) })))),
-        scope
-      )
-      link.holdAnswersTo("set awaited = true")
-      const waiting = yield* Answer.execute({ question: "b" }, { unique: "key" }).pipe(
-        Effect.provideContext(context),
-        Effect.forkDetach
-      )
-      yield* until("it is marked", Effect.sync(() => link.held() > 0))
-      assert.isAbove(link.sessions("LISTEN"), 0)
-      const closing = yield* Effect.forkChild(Scope.close(scope, Exit.void), { startImmediately: true })
-      // The session that listens closes after everybody who waits has been told.
-      yield* until("nobody listens", Effect.sync(() => link.sessions("LISTEN") === 0))
-      link.letThrough()
-      yield* Fiber.join(closing)
-      const end = yield* Effect.timeoutOption(Fiber.await(waiting), "5 seconds")
-      assert.isTrue(Option.isSome(end) && Exit.isFailure(end.value) && Cause.hasInterrupts(end.value.cause))
+      const awaiting = yield* Scope.provide(Awaiting.make(internal.store, internal.wakeup), scope)
+      const { id } = yield* Answer.enqueue({ question: "never" })
+      const wait = Effect.scoped(Effect.flatMap(awaiting.open(id), ({ ended }) => ended(false)))
+      const early = yield* Effect.forkChild(wait, { startImmediately: true })
+      yield* Scope.close(scope, Exit.void)
+      for (const end of [Fiber.await(early), Effect.exit(wait)]) {
+        const exit = yield* Effect.timeout(end, "5 seconds")
+        assert.isTrue(Exit.isFailure(exit) && Cause.hasInterruptsOnly(exit.cause))
+      }
     })))
 
   it.live("works by polling alone", () =>
