@@ -106,7 +106,23 @@ describe("a job that is cancelled", () => {
       yield* assertRows("select id::text from pgqueue.finished where status = 'cancelled'", [{ id }])
     })))
 
-  it.live("and completes all the same has completed", () =>
+  it.live("and completes before its worker hears of it has completed", () =>
+    withQueue(Effect.gen(function*() {
+      const started = yield* Deferred.make<void>()
+      const gate = yield* Deferred.make<void>()
+      yield* working(Effect.andThen(Deferred.succeed(started, undefined), Deferred.await(gate)), queueLayer())
+      const { id } = yield* Long.enqueue()
+      yield* Deferred.await(started)
+      // What a cancel writes, told to nobody: the next heartbeat is far away.
+      yield* rows("update pgqueue.job set cancelled_at = clock_timestamp(), cancel_reason = 'too late'")
+      const details = Option.getOrThrow(yield* Admin.get(id))
+      assert.deepInclude(details, { status: "running", cancelling: true })
+      yield* Deferred.succeed(gate, undefined)
+      yield* untilAllEnded()
+      yield* assertRows("select status, reason from pgqueue.finished", [{ status: "completed", reason: null }])
+    })))
+
+  it.live("and cannot be interrupted ends as cancelled, when it ends", () =>
     withQueue(Effect.gen(function*() {
       const started = yield* Deferred.make<void>()
       const gate = yield* Deferred.make<void>()
@@ -116,12 +132,17 @@ describe("a job that is cancelled", () => {
       )
       const { id } = yield* Long.enqueue()
       yield* Deferred.await(started)
-      yield* Admin.cancel(id)
-      const details = Option.getOrThrow(yield* Admin.get(id))
-      assert.deepInclude(details, { status: "running", cancelling: true })
+      const before = yield* value<string>("select max(beat_at)::text from pgqueue.worker")
+      assert.strictEqual(yield* Admin.cancel(id, { reason: "enough" }), "cancelling")
+      // The heartbeat that brings the mark has been answered when the next one is sent.
+      for (let beat = 0; beat < 2; beat++) {
+        const since = beat === 0 ? before : yield* value<string>("select max(beat_at)::text from pgqueue.worker")
+        if (beat === 1) yield* Admin.cancel(id)
+        yield* untilValue("select max(beat_at) > $1::timestamptz from pgqueue.worker", true, { params: [since] })
+      }
       yield* Deferred.succeed(gate, undefined)
       yield* untilAllEnded()
-      yield* assertRows("select status from pgqueue.finished", [{ status: "completed" }])
+      yield* assertRows("select status, reason from pgqueue.finished", [{ status: "cancelled", reason: "enough" }])
     })))
 
   it.live("in a transaction that rolls back goes on, and nobody hears of it", () =>
