@@ -77,7 +77,7 @@ interface Waiter {
  */
 export const make = Effect.fnUntraced(function*(store: Store.Store, wakeup: Wakeup.Wakeup) {
   const clock = yield* Clock.Clock
-  const now = () => Number(clock.monotonicTimeNanosUnsafe()) / 1_000_000
+  const now = () => Bounded.monotonic(clock)
   const waiting = new Map<string, Set<Waiter>>()
   const urgent = new Set<string>()
   const some = Latch.makeUnsafe(false)

@@ -3,6 +3,7 @@
  *
  * @since 0.1.0
  */
+import type * as Clock from "effect/Clock"
 import * as Deferred from "effect/Deferred"
 import * as Effect from "effect/Effect"
 import type * as Exit from "effect/Exit"
@@ -45,6 +46,9 @@ export const bounded = <A, E, R>(self: Effect.Effect<A, E, R>, millis: number): 
       Effect.ensuring(Effect.sync(() => timer.interruptUnsafe()))
     )
   })
+
+/** The monotonic clock of this process, in milliseconds: what every wait goes by. */
+export const monotonic = (clock: Clock.Clock): number => Number(clock.monotonicTimeNanosUnsafe()) / 1_000_000
 
 /** How long a close may take before it is left behind, in milliseconds. */
 const patience = 500

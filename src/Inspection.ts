@@ -79,7 +79,8 @@ export interface EndRow {
 /** Longer than anything has been due, in milliseconds. */
 export const everything = 1e13
 
-const millis = (column: string) => `(extract(epoch from ${column}) * 1000)::float8`
+/** Milliseconds since the epoch, or of an interval. */
+export const millis = (column: string) => `(extract(epoch from ${column}) * 1000)::float8`
 
 /**
  * Builds the statements for one quoted schema.

@@ -15,7 +15,6 @@ import type { SqlError } from "effect/sql/SqlError"
 import * as Bounded from "./Bounded.ts"
 import * as Database from "./Database.ts"
 import * as Episode from "./Episode.ts"
-import { monotonic } from "./Run.ts"
 import * as Store from "./Store.ts"
 import * as Telemetry from "./Telemetry.ts"
 
@@ -67,7 +66,7 @@ export const make = Effect.fnUntraced(function*(options: {
   readonly onRegistered: () => void
 }) {
   const clock = yield* Clock.Clock
-  const now = () => monotonic(clock)
+  const now = () => Bounded.monotonic(clock)
   // Handlers must have stopped before the lease can end elsewhere.
   const margin = options.lease / 6
   const kick = Latch.makeUnsafe(false)

@@ -82,7 +82,7 @@ export const start = Effect.fnUntraced(function*(options: {
 }) {
   const { router, store, wakeup } = options
   const clock = yield* Clock.Clock
-  const now = () => Run.monotonic(clock)
+  const now = () => Bounded.monotonic(clock)
   const runFork = Effect.runForkWith(options.context)
 
   const lines = options.queues.map(([name, concurrency]) => Line.make(name, concurrency, now()))

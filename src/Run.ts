@@ -90,9 +90,6 @@ class Undecodable {
   }
 }
 
-/** The monotonic clock of this process, in milliseconds. */
-export const monotonic = (clock: Clock.Clock): number => Number(clock.monotonicTimeNanosUnsafe()) / 1_000_000
-
 /**
  * Runs a claimed job and leaves its settlement in `running.entry`. Never fails. To be forked uninterruptible: an
  * interruption then reaches the user's part and nothing else, and the run always ends with a settlement.
@@ -107,7 +104,7 @@ export const make = (options: {
 (running: Running, handling: Handling, kind: string): Effect.Effect<void> =>
   Effect.suspend(() => {
     const clock = Context.get(options.context, Clock.Clock)
-    const startedAt = monotonic(clock)
+    const startedAt = Bounded.monotonic(clock)
     const context = Context.merge(options.context, handling.registered.context)
     const handler = (payload: unknown) =>
       handling.registered.transactional
@@ -115,7 +112,7 @@ export const make = (options: {
           running,
           handling.registered.run(payload, kind),
           (value) => {
-            const endedAt = monotonic(clock)
+            const endedAt = Bounded.monotonic(clock)
             return completed(value, running, handling, { ran: endedAt - startedAt, endedAt })
           }
         )
@@ -132,7 +129,7 @@ export const make = (options: {
       }
       Current.controlled(info, control)
       const exit = yield* Effect.exit(Effect.interruptible(body(running, handling, handler, info, options.middleware)))
-      const endedAt = monotonic(clock)
+      const endedAt = Bounded.monotonic(clock)
       running.entry = running.settled?.entry ??
         (yield* settlement(conclude(exit, control.intent, running), running, handling, history, {
           ran: endedAt - startedAt,

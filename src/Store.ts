@@ -116,7 +116,6 @@ export const probeText = "select 1 as here"
 export const notifyText = "select pg_notify($1::text, p)::text as sent from unnest($2::text[]) as p"
 
 const micros = (column: string) => `(extract(epoch from ${column}) * 1000000)::int8::text`
-const millis = (column: string) => `(extract(epoch from ${column}) * 1000)::float8`
 
 /**
  * Builds the statements for one schema.
@@ -169,10 +168,10 @@ export const make = (db: Database.Database, schema: string) => {
     )
     select picked::text as id, lane, ${micros("due")} as run_at, kind, priority, attempt, max_attempts,
       rescued, timeout_ms::float8 as timeout_ms, trace, metadata::text as metadata,
-      ${millis("enqueued_at")} as enqueued_at, ${millis("scheduled_for")} as scheduled_for,
-      ${millis("clock_timestamp()")} as claimed_at, payload::text as payload,
+      ${Inspection.millis("enqueued_at")} as enqueued_at, ${Inspection.millis("scheduled_for")} as scheduled_for,
+      ${Inspection.millis("clock_timestamp()")} as claimed_at, payload::text as payload,
       progress::text as progress, cancelled_at is not null as cancelled, case when attempt > 0 or rescued > 0 then (
-        select json_agg(json_build_object('n', a.n, 'tag', a.tag, 'at', ${millis("a.ended_at")},
+        select json_agg(json_build_object('n', a.n, 'tag', a.tag, 'at', ${Inspection.millis("a.ended_at")},
           'message', case when a.size <= ${historySize} then a.message end, 'error', case when a.size <= ${historySize} then a.error end) order by a.id)
         from (
           select a.*, sum(coalesce(octet_length(a.message), 0) + coalesce(octet_length(a.error::text), 0)) over (order by a.id desc) as size
@@ -185,7 +184,7 @@ export const make = (db: Database.Database, schema: string) => {
     )
     select 'alive' as what, b.id::text as id, 0::float8 as age from beat b
     union all
-    select 'lease', l.id::text, ${millis("statement_timestamp() - l.claimed_at")}
+    select 'lease', l.id::text, ${Inspection.millis("statement_timestamp() - l.claimed_at")}
     from ${s}.lease l where l.worker = $1::uuid
     union all
     select 'cancelled', j.id::text, 0

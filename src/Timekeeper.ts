@@ -10,7 +10,6 @@ import * as Latch from "effect/Latch"
 import * as Bounded from "./Bounded.ts"
 import * as Episode from "./Episode.ts"
 import * as Line from "./Line.ts"
-import { monotonic } from "./Run.ts"
 import * as Store from "./Store.ts"
 
 /** A queue that has just run dry is looked at once more after this many milliseconds, for what is due later. */
@@ -53,7 +52,7 @@ export const make = Effect.fnUntraced(function*(options: {
   readonly onTick: (now: number) => number
 }) {
   const clock = yield* Clock.Clock
-  const now = () => monotonic(clock)
+  const now = () => Bounded.monotonic(clock)
   const names = options.lines.map((line) => line.queue)
   /** When the next job of a queue is due, as far as is known. */
   const dueAt = new Map<string, number>()

@@ -2,6 +2,7 @@
 import { assert, describe, it } from "@effect/vitest"
 import { Cause, Clock, Context, Duration, Effect, Fiber, Option, Random, Schedule, Schema } from "effect"
 import { TestClock } from "effect/testing"
+import * as Bounded from "../src/Bounded.ts"
 import { Job } from "../src/index.ts"
 import * as RetryPolicy from "../src/RetryPolicy.ts"
 import * as Run from "../src/Run.ts"
@@ -410,7 +411,7 @@ describe("the attempts that a policy is given", () => {
       row,
       lease: row.id,
       queue: "default",
-      claimedAt: Run.monotonic(yield* Clock.Clock),
+      claimedAt: Bounded.monotonic(yield* Clock.Clock),
       fiber: undefined,
       interruption: undefined,
       entry: undefined,
