@@ -260,11 +260,52 @@ const life = (s: string): ReadonlyArray<string> => [
   )`
 ]
 
+/** The statements of migration 3: schedules that fire, and tasks that the processes share. */
+const time = (s: string): ReadonlyArray<string> => [
+  // With defaults and the limits of `job`, so that a row can be written by hand and what it says can be enqueued.
+  `alter table ${s}.schedule
+    alter column time_zone set default 'UTC', alter column queue set default 'default', alter column priority set default 5,
+    alter column max_attempts set default 5, alter column payload set default 'null',
+    add column missed integer not null default 1 check (missed between 0 and 1000),
+    add column missed_window_ms bigint not null default 604800000 check (missed_window_ms > 0),
+    add column overlap text not null default 'allow' check (overlap in ('allow', 'skip', 'queue')),
+    add column jitter_ms bigint not null default 0 check (jitter_ms >= 0),
+    add column unique_key bytea, add column unique_until text not null default 'finished' check (unique_until in ('started', 'finished')),
+    add column unique_period_ms bigint check (unique_period_ms > 0),
+    add column last_job uuid,
+    add column waiting timestamptz[] not null default '{}',
+    add column version integer not null default 0,
+    add column declared_at timestamptz,
+    add column undeclared_at timestamptz,
+    add check (length(name) between 1 and 200), add check (length(kind) between 1 and 200), add check (length(queue) between 1 and 128),
+    add check (priority between 0 and 9), add check (max_attempts between 1 and 1000), add check (timeout_ms > 0),
+    add check (octet_length(payload::text) <= ${maxPayloadBytes}), add check (octet_length(metadata::text) <= 65536),
+    add check (isfinite(next_at))`,
+  // What is not due but has to be looked at: ticks that wait for a job, rows that somebody has written by hand.
+  `create index schedule_waiting on ${s}.schedule (name) where cardinality(waiting) > 0`,
+  `create index schedule_unset on ${s}.schedule (name) where next_at is null and paused_at is null and problem is null`,
+  // The id of the job of a tick: the same whoever enqueues it. It begins with the tick, so that ids have its order.
+  `create function ${s}.tick_id(name text, at timestamptz) returns uuid language sql immutable strict parallel safe
+    set search_path = pg_catalog as $$
+    select encode(set_byte(set_byte(h, 6, (get_byte(h, 6) & 15) | 128), 8, (get_byte(h, 8) & 63) | 128), 'hex')::uuid
+    from (select overlay(substring(sha256(convert_to(name, 'UTF8')) from 1 for 16) placing
+      substring(int8send((extract(epoch from at) * 1000)::int8) from 3) from 1 for 6) as h) h
+  $$`,
+  `revoke all on function ${s}.tick_id(text, timestamptz) from public`,
+  // When a task of all processes last began; `position` is where it goes on.
+  `create table ${s}.task (
+    name text primary key,
+    ran_at timestamptz not null default '-infinity',
+    position text
+  )`
+]
+
 const migrations: ReadonlyArray<
   readonly [id: number, name: string, (quotedSchema: string, channel: string) => ReadonlyArray<string>]
 > = [
   [1, "initial", initial],
-  [2, "life", life]
+  [2, "life", life],
+  [3, "time", time]
 ]
 
 /** The version of the storage that this library needs. */

@@ -42,7 +42,7 @@ layer(databaseLayer({ maxConnections: 2 }), { excludeTestServices: true })("migr
             (select count(*)::int4 from pg_tables where schemaname = 'pgqueue') as tables,
             (select count(*)::int4 from pgqueue.migration) as migrations`
         ).pipe(Effect.provide(clientLayer(), { local: true }), Effect.provideService(TestDatabase, database))
-        assert.deepStrictEqual(row, { tables: 14, migrations: Migrations.version })
+        assert.deepStrictEqual(row, { tables: 15, migrations: Migrations.version })
       }
     }))
 
