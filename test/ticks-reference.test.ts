@@ -28,7 +28,9 @@ const zones = [
   "America/Havana",
   "Asia/Beirut",
   "Pacific/Auckland",
-  "Asia/Almaty"
+  "Asia/Almaty",
+  // Changes its clocks at midnight UTC, where the blocks of days meet by which offsets are remembered.
+  "Asia/Gaza"
 ]
 
 /** The hour field begins with `*`. */

@@ -242,6 +242,12 @@ describe("what is stored", () => {
     ])
   })
 
+  it("the 31st is fine in the months that have one", () => {
+    for (const month of [1, 3, 5, 7, 8, 10, 12]) {
+      assert.strictEqual(new Date(Ticks.next(ticksOf(`0 0 31 ${month} *`), now)!).getUTCMonth() + 1, month)
+    }
+  })
+
   it("29 February is rare and fine", () => {
     const ticks = ticksOf("0 0 29 2 *")
     assert.deepStrictEqual(iso(Ticks.between(ticks, now, at("2033-01-01"), 9)), [
