@@ -13,7 +13,7 @@ import * as Schema from "effect/Schema"
 import type { SqlError } from "effect/sql/SqlError"
 import * as Database from "./Database.ts"
 import * as Enqueue from "./Enqueue.ts"
-import { JobQueue, JobQueueError } from "./JobQueue.ts"
+import { announce, here, type JobQueue, JobQueueError } from "./JobQueue.ts"
 import * as Outcome from "./Outcome.ts"
 import type { Failure } from "./RetryPolicy.ts"
 
@@ -121,16 +121,6 @@ const time = (millis: number | null): Option.Option<DateTime.Utc> =>
 // Sound: the storage's own text.
 const json = (text: string | null): Option.Option<Schema.Json> =>
   Option.map(Option.fromNullOr(text), (text) => JSON.parse(text) as Schema.Json)
-
-/** The queue, and whether this fiber is in a transaction of its client. */
-const here = Effect.flatMap(
-  JobQueue,
-  ({ internal }) => Effect.map(Database.inside(internal.database), (inside) => ({ ...internal, inside }))
-)
-
-/** Once the transaction has committed, if there is one. */
-const announce = (announcement: () => void) =>
-  Effect.flatMap(here, ({ database }) => database.app.afterCommit(Effect.sync(announcement)))
 
 const stale = (id: string, operation: Stale["operation"]): Effect.Effect<never, Stale | SqlError, JobQueue> =>
   Effect.flatMap(get(id), (job) => new Stale({ id, operation, status: Option.map(job, ({ status }) => status) }))

@@ -265,6 +265,11 @@ export const isConnectionLoss = (error: unknown): boolean =>
 export const isStatementTimeout = (error: unknown): boolean => isSqlError(error) && sqlState(error) === "57014"
 
 /**
+ * Returns `true` when the server gave up waiting for somebody's lock.
+ */
+export const isLockTimeout = (error: unknown): boolean => isSqlError(error) && sqlState(error) === "55P03"
+
+/**
  * Returns `true` when the server takes no more notifications, or a limit of the server was met.
  */
 export const isFullOfNews = (error: unknown): boolean => isSqlError(error) && sqlState(error) === "54000"

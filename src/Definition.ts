@@ -56,7 +56,13 @@ export interface Options<P, A extends Schema.Top, E extends Schema.Top, Q extend
   readonly aliases?: ReadonlyArray<string> | undefined
 }
 
-/** What a worker reads of a definition. @internal */
+/** What a payload is made of. */
+export type In<P extends Schema.Top> = P["~type.make.in"]
+
+/** Whether a payload may be left out. */
+export type MayOmit<I> = void extends I ? true : {} extends I ? true : false
+
+/** What a worker and a scheduler read of a definition. @internal */
 export interface Definition {
   /** The kind, or the prefix of a family. */
   readonly name: string
@@ -67,6 +73,11 @@ export interface Definition {
   readonly successSchema: Schema.Top
   readonly errorSchema: Schema.Top
   readonly key: Context.Key<unknown, Registered>
+  /** Builds the job to insert. Needs what encodes the payload. */
+  readonly resolve: (
+    payload: unknown,
+    own: Enqueue.EnqueueOptions | ((payload: unknown) => Enqueue.EnqueueOptions)
+  ) => Effect.Effect<Store.NewJob, Enqueue.EnqueueError, unknown>
 }
 
 /** What the layer of a handler provides: the function, and the context that its layer was built in. @internal */
@@ -138,20 +149,7 @@ export const make = (
     // Sound: it is called with a payload of this definition only.
     unique: options.unique as Enqueue.Defaults["unique"]
   }
-  const definition: Definition = {
-    name,
-    family: isFamily,
-    aliases: options.aliases ?? [],
-    retry: options.retry as Retry<unknown> | undefined,
-    payloadSchema,
-    successSchema,
-    errorSchema,
-    key: Context.Service<unknown, Registered>(`effect-pgqueue/Job/Handler/${isFamily ? "*" : "="}${name}`)
-  }
-  const resolve = (
-    payload: unknown,
-    own: Enqueue.EnqueueOptions | ((payload: unknown) => Enqueue.EnqueueOptions)
-  ) =>
+  const resolve: Definition["resolve"] = (payload, own) =>
     Enqueue.resolve(
       name,
       payloadSchema,
@@ -160,6 +158,17 @@ export const make = (
       payload === undefined && !takesUndefined ? {} : payload,
       own
     )
+  const definition: Definition = {
+    name,
+    family: isFamily,
+    aliases: options.aliases ?? [],
+    retry: options.retry as Retry<unknown> | undefined,
+    payloadSchema,
+    successSchema,
+    errorSchema,
+    key: Context.Service<unknown, Registered>(`effect-pgqueue/Job/Handler/${isFamily ? "*" : "="}${name}`),
+    resolve
+  }
 
   /** What the end of a job is to whoever waits for it. */
   const resultOf = (end: Store.EndRow): Effect.Effect<unknown, unknown, unknown> => {

@@ -220,7 +220,7 @@ export const resolve = Effect.fnUntraced(function*<P extends Schema.Top>(
 /**
  * Returns why a name cannot be used, or `undefined` when it can.
  */
-const problemOfName = (what: string, name: string, limit: number): string | undefined =>
+export const problemOfName = (what: string, name: string, limit: number): string | undefined =>
   !Predicate.isString(name) || name.length === 0 || name.length > limit || !name.isWellFormed() ||
     // eslint-disable-next-line no-control-regex -- control characters are what is looked for
     /[\u0000-\u001f\u007f]/.test(name)
@@ -295,7 +295,8 @@ export const millisOf = (input: Duration.Input | undefined): number | undefined 
   return Option.match(Duration.fromInput(input), { onNone: () => NaN, onSome: Duration.toMillis })
 }
 
-const epochMillis = (date: DateTime.DateTime | Date): number =>
+/** Milliseconds since the epoch; `NaN` when it is no date. */
+export const epochMillis = (date: DateTime.DateTime | Date): number =>
   DateTime.isDateTime(date) ? DateTime.toEpochMillis(date) : Predicate.isDate(date) ? date.getTime() : NaN
 
 const checkMetadata = (metadata: Metadata): unknown =>

@@ -68,9 +68,8 @@ export interface FamilyHandler<Prefix extends string> {
   readonly prefix: Prefix
 }
 
-type In<P extends Schema.Top> = P["~type.make.in"]
-type MayOmit<I> = void extends I ? true : {} extends I ? true : false
-type Arguments<P extends Schema.Top, O> = MayOmit<In<P>> extends true ? [payload?: In<P>, options?: O]
+type In<P extends Schema.Top> = Definition.In<P>
+type Arguments<P extends Schema.Top, O> = Definition.MayOmit<In<P>> extends true ? [payload?: In<P>, options?: O]
   : [payload: In<P>, options?: O]
 type Run<P extends Schema.Top, A extends Schema.Top, E extends Schema.Top, R, X extends ReadonlyArray<unknown> = []> = (
   payload: P["Type"],

@@ -126,6 +126,16 @@ export class JobQueue extends Context.Service<JobQueue, {
     Layer.effect(JobQueue, Effect.flatMap(Config.unwrap(options), make))
 }
 
+/** The queue, and whether this fiber is in a transaction of its client: for what people do. @internal */
+export const here = Effect.flatMap(
+  JobQueue,
+  ({ internal }) => Effect.map(Database.inside(internal.database), (inside) => ({ ...internal, inside }))
+)
+
+/** Says something to workers once the transaction has committed, if there is one. @internal */
+export const announce = (announcement: () => void): Effect.Effect<void, never, JobQueue> =>
+  Effect.flatMap(here, ({ database }) => database.app.afterCommit(Effect.sync(announcement)))
+
 /** How long a bulk may take, in milliseconds, and each job of it more: 100 000 take 3 to 13 s. */
 const bulkBound = 15_000
 const bulkBoundPerJob = 1

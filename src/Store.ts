@@ -13,6 +13,7 @@ import * as Database from "./Database.ts"
 import * as Insertion from "./Insertion.ts"
 import * as Inspection from "./Inspection.ts"
 import * as Intervention from "./Intervention.ts"
+import * as Schedules from "./Schedules.ts"
 import * as Settlement from "./Settlement.ts"
 import * as Upkeep from "./Upkeep.ts"
 
@@ -129,6 +130,7 @@ export const make = (db: Database.Database, schema: string) => {
   const inspection = Inspection.make(db, s)
   const intervention = Intervention.make(db, s)
   const upkeep = Upkeep.make(db, s)
+  const schedules = Schedules.make(db, s)
 
   // One probe per lane, each with its own limit, in lane order and only as far as needed: future jobs and lower
   // priorities cost nothing. Gated on the worker's own row in front of everything (`me`), so that a process declared
@@ -200,6 +202,9 @@ export const make = (db: Database.Database, schema: string) => {
     ...inspection.verbs,
     ...intervention.verbs,
     ...upkeep.verbs,
+
+    /** The verbs of cron schedules. */
+    schedules: schedules.verbs,
 
     /**
      * Inserts jobs without a unique key; returns the ids that were not there before. `patience` bounds, in milliseconds,
@@ -380,7 +385,8 @@ export const make = (db: Database.Database, schema: string) => {
       ...settlement,
       ...inspection.texts,
       ...intervention.texts,
-      ...upkeep.texts
+      ...upkeep.texts,
+      schedules: schedules.texts
     },
 
     /**

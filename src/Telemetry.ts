@@ -25,3 +25,36 @@ export const misplacedJobs: Metric.Counter<number> = Metric.counter("effect_pgqu
   description: "Jobs that were found in no place and put back in line",
   incremental: true
 })
+
+/**
+ * How late a scheduler saw ticks, in milliseconds.
+ *
+ * @category metrics
+ * @since 0.1.0
+ */
+export const tickLateness: Metric.Histogram<number> = Metric.histogram("effect_pgqueue_tick_lateness_millis", {
+  description: "How late a scheduler saw ticks of cron schedules",
+  boundaries: [10, 50, 100, 500, 1000, 5000, 30_000, 300_000, 3_600_000]
+})
+
+/**
+ * Jobs that schedulers of this process have enqueued for ticks.
+ *
+ * @category metrics
+ * @since 0.1.0
+ */
+export const enqueuedTicks: Metric.Counter<number> = Metric.counter("effect_pgqueue_enqueued_ticks", {
+  description: "Jobs enqueued for ticks of cron schedules",
+  incremental: true
+})
+
+/**
+ * Ticks without a job, because that of an earlier one had not ended or because somebody held the unique key.
+ *
+ * @category metrics
+ * @since 0.1.0
+ */
+export const skippedTicks: Metric.Counter<number> = Metric.counter("effect_pgqueue_skipped_ticks", {
+  description: "Ticks of cron schedules without a job, for the job of an earlier one or a unique key",
+  incremental: true
+})

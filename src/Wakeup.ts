@@ -22,12 +22,20 @@ export interface Listener {
   readonly onCancel: (job: string) => void
   /** A job may have ended. */
   readonly onEnd: (job: string) => void
+  /** A schedule may have a tick sooner than is known. */
+  readonly onSchedule: () => void
   /** The session that listened was lost: the first sign of an outage. */
   readonly onLost: () => void
 }
 
 /** Hears nothing. */
-export const deaf: Listener = { onDue: () => {}, onCancel: () => {}, onEnd: () => {}, onLost: () => {} }
+export const deaf: Listener = {
+  onDue: () => {},
+  onCancel: () => {},
+  onEnd: () => {},
+  onSchedule: () => {},
+  onLost: () => {}
+}
 
 /** What is told of one job. */
 export type News = "cancel" | "end"
@@ -42,11 +50,16 @@ export interface Wakeup {
   readonly tell: (news: News, job: string) => void
   /** The same for this process alone: the others have been told. */
   readonly tellHere: (news: News, job: string) => void
+  /** Announces that a schedule was written. Returns at once and never fails. */
+  readonly scheduled: () => void
   /** Registers a listener of this process until the scope closes. */
   readonly subscribe: (listener: Listener) => Effect.Effect<void, never, Scope.Scope>
   /** Begins to hear the other processes, once for all listeners of this one; reconnects for ever. */
   readonly listen: Effect.Effect<void>
 }
+
+/** What is announced when a schedule was written. */
+const scheduleWritten = "schedule"
 
 /** At most one round of NOTIFY in this many milliseconds: 4-5 times the enqueue rate of a NOTIFY per enqueue. */
 const pause = 5
@@ -90,6 +103,17 @@ export const make = Effect.fnUntraced(function*(db: Database.Database, schema: s
   const tell = (news: News, job: string): void => {
     tellHere(news, job)
     told.add(`${news} ${job}`)
+    silent.closeUnsafe()
+    pending.openUnsafe()
+  }
+
+  const scheduledHere = (): void => {
+    for (const listener of listeners) listener.onSchedule()
+  }
+
+  const scheduled = (): void => {
+    scheduledHere()
+    told.add(scheduleWritten)
     silent.closeUnsafe()
     pending.openUnsafe()
   }
@@ -141,6 +165,7 @@ export const make = Effect.fnUntraced(function*(db: Database.Database, schema: s
   }
 
   const hear = (payload: string): void => {
+    if (payload === scheduleWritten) return scheduledHere()
     // Anybody may NOTIFY: whatever does not parse means no more than "look", and no news is believed without a look.
     const news = /^(cancel|end) ([0-9a-f-]{36})$/.exec(payload)
     // Sound: the words of the pattern.
@@ -163,7 +188,10 @@ export const make = Effect.fnUntraced(function*(db: Database.Database, schema: s
         onReady: Effect.andThen(
           succeeded,
           Effect.sync(() => {
-            for (const listener of listeners) listener.onDue(undefined, 0)
+            for (const listener of listeners) {
+              listener.onDue(undefined, 0)
+              listener.onSchedule()
+            }
           })
         ),
         onNotification: (notification) => {
@@ -183,6 +211,7 @@ export const make = Effect.fnUntraced(function*(db: Database.Database, schema: s
     mark,
     tell,
     tellHere,
+    scheduled,
     listen: Effect.asVoid(wanted.open),
     subscribe: (listener) =>
       Effect.acquireRelease(

@@ -14,3 +14,5 @@ export { JobQueue, JobQueueError, type Options as JobQueueOptions, type Stats } 
 export * as Worker from "./Worker.ts"
 /** What the queue measures of itself. */
 export * as Telemetry from "./Telemetry.ts"
+/** Enqueues jobs at certain times, once for each. */
+export * as CronScheduler from "./CronScheduler.ts"

@@ -95,11 +95,12 @@ const sqlFiles = [
   "Inspection.ts",
   "Intervention.ts",
   "Upkeep.ts",
+  "Schedules.ts",
   "Migrations.ts"
 ]
 /** Runs the texts of the others, holds none. */
 const sqlRunner = "Database.ts"
-const pureFiles = ["Outcome.ts", "RetryPolicy.ts", "Ticks.ts"]
+const pureFiles = ["Outcome.ts", "RetryPolicy.ts", "Ticks.ts", "Missed.ts"]
 const producers = ["Job.ts", "JobQueue.ts", "Enqueue.ts"]
 
 const statement = new RegExp(

@@ -29,8 +29,9 @@ const examples: Readonly<Record<string, ReadonlyArray<string>>> = {
   "20-transactional-enqueue.ts": ["its job was rolled back with it", "welcome, ada"],
   "25-transactional-handlers.ts": ["1 completed, 1 failed: ada 40, bob 60"],
   "30-retries-and-timeouts.ts": ["flaky: attempt 3, after TimedOut", "empty was discarded after its first"],
+  "35-unique-keys-and-sql.ts": ["first inserted, second existing, third replaced", "digest: 2 messages, 1 mention"],
   "40-graceful-shutdown.ts": ["short: done", "long: interrupted", "long: attempt 1 at another worker"],
-  "50-unique-keys-and-sql.ts": ["first inserted, second existing, third replaced", "digest: 2 messages, 1 mention"],
+  "50-cron.ts": ["two pulses, ", "nightly-report: 20", "3 reports made up"],
   "60-families-and-middleware.ts": ["report:stock of day 2", "job report:stock completed in"],
   "70-results-and-progress.ts": ["21 degrees in Rome", "there is no Atlantis", "Oslo was cancelled"],
   "80-operations.ts": ["deliver is discarded after 1 of 1 attempts", "1 redriven, 2 completed"]

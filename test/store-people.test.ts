@@ -84,6 +84,7 @@ const heard = Effect.gen(function*() {
     onDue: (queue) => words.push(`due ${queue}`),
     onCancel: (id) => words.push(`cancel ${id}`),
     onEnd: (id) => words.push(`end ${id}`),
+    onSchedule: () => {},
     onLost: () => {}
   })
   return words

@@ -67,6 +67,7 @@ layer(Storage.layer, { excludeTestServices: true })("rescue", (it) => {
         mark: () => {},
         tell: () => {},
         tellHere: () => {},
+        scheduled: () => {},
         subscribe: () => Effect.void,
         listen: Effect.never
       }

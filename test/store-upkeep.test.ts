@@ -45,6 +45,7 @@ const hearing = () => {
     mark: (queue) => words.push(`due ${queue}`),
     tell: (news, id) => words.push(`${news} ${id}`),
     tellHere: (news, id) => words.push(`${news} ${id}`),
+    scheduled: () => {},
     subscribe: () => Effect.void,
     listen: Effect.void
   }

@@ -76,6 +76,14 @@ export const runChecks = Effect.gen(function*() {
       sql`f.status = 'discarded' and f.error ->> 'tag' = 'Undecodable' and s.job is null`
     ),
     check(
+      "every second has one job, from two schedulers",
+      sql`
+        select count(*)::int as about,
+          (count(*) - count(distinct scheduled_for) + abs(1 + extract(epoch from max(scheduled_for) - min(scheduled_for)) - count(*)))::int as wrong
+        from ${queue("finished")} where kind = ${jobs.CountStock._tag}
+      `
+    ),
+    check(
       "no attempt was started twice",
       sql`
         select count(*)::int as about, count(*) filter (where times > 1)::int as wrong

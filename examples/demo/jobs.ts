@@ -1,6 +1,6 @@
 /** The jobs of the demo. The producer imports this file only; `worker.ts` handles them. */
 import { Schedule, Schema } from "effect"
-import { Job } from "../../src/index.ts"
+import { CronScheduler, Job } from "../../src/index.ts"
 
 /** The schema that holds the queue. */
 export const schema = "pgqueue_demo"
@@ -50,3 +50,8 @@ export class PrintInvoice extends Job.make("invoice.print", {
 
 /** Does nothing: what is measured with it is the queue. */
 export class Ping extends Job.make("ping", { queue: "pings" }) {}
+
+/** Enqueued every second, by whichever of the worker processes is first. */
+export class CountStock extends Job.make("stock.count") {}
+
+export const everySecond = CronScheduler.make("stock", { every: "1 second", job: CountStock })

@@ -8,10 +8,10 @@
  */
 import { NodeRuntime, NodeServices } from "@effect/platform-node"
 import { Cause, Config, Console, Effect, Layer, Predicate } from "effect"
-import { JobQueue } from "../../src/index.ts"
+import { CronScheduler, JobQueue } from "../../src/index.ts"
 import { type Check, holds, runChecks } from "./checks.ts"
 import { DatabaseLive, DemoFailed } from "./database.ts"
-import { schema } from "./jobs.ts"
+import { everySecond, schema } from "./jobs.ts"
 import { Ledger } from "./ledger.ts"
 import { latency, throughput } from "./numbers.ts"
 import { startWorker } from "./processes.ts"
@@ -54,6 +54,11 @@ const demo = Effect.gen(function*() {
       "many jobs of six kinds",
       Effect.tap(during(enqueueMix(size)), untilEmpty),
       (jobs) => `${count(jobs)} jobs of six kinds: urgent, slow, delayed, failing, poisoned, rolled back`
+    )
+    yield* step(
+      "the schedule is paused",
+      Effect.andThen(CronScheduler.pause(everySecond.name), untilEmpty),
+      () => "the schedule is paused"
     )
     yield* step(
       "many jobs at once",

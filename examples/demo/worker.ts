@@ -2,7 +2,7 @@
 import { NodeRuntime } from "@effect/platform-node"
 import { PgClient } from "@effect/sql-pg"
 import { Config, Effect, Layer, Random } from "effect"
-import { Job, JobQueue, Worker } from "../../src/index.ts"
+import { CronScheduler, Job, JobQueue, Worker } from "../../src/index.ts"
 import * as jobs from "./jobs.ts"
 import { Ledger } from "./ledger.ts"
 
@@ -28,6 +28,7 @@ const Handlers = Layer.mergeAll(
   jobs.PrintInvoice.toLayer(({ invoice }) =>
     Effect.andThen(work(5, 15), Effect.die(new Error(`no printer for invoice ${invoice}`)))
   ),
+  jobs.CountStock.toLayer(() => work(5, 15)),
   jobs.Ping.toLayer(() => Effect.flatMap(Ledger, ({ started }) => started))
 )
 
@@ -38,7 +39,7 @@ process.stdin.resume().once("close", () => process.kill(process.pid, "SIGTERM"))
 const PgLive = PgClient.layerConfig({ url: Config.Redacted("DATABASE_URL") })
 const QueueLive = JobQueue.layer({ schema: jobs.schema, migrate: false }).pipe(Layer.provideMerge(PgLive))
 
-const Main = Worker.layer({
+const WorkerLive = Worker.layer({
   jobs: [
     jobs.ConfirmOrder,
     jobs.SendEmail,
@@ -46,15 +47,17 @@ const Main = Worker.layer({
     jobs.SendReminder,
     jobs.DeliverWebhook,
     jobs.PrintInvoice,
+    jobs.CountStock,
     jobs.Ping
   ],
   queues: { default: { concurrency: 20 }, mail: { concurrency: 10 }, pings: { concurrency: 50 } },
   gracePeriod: "5 seconds"
 }).pipe(
   Layer.provide(Handlers),
-  Layer.provide(Ledger.layer),
-  Layer.provide(QueueLive)
+  Layer.provide(Ledger.layer)
 )
+
+const Main = Layer.merge(WorkerLive, CronScheduler.layer([jobs.everySecond])).pipe(Layer.provide(QueueLive))
 
 NodeRuntime.runMain(Layer.launch(Main), { teardown: Worker.teardown })
 // #endregion

@@ -1,0 +1,688 @@
+/**
+ * Cron schedules: jobs that are enqueued at certain times, once for each, however many processes see to it.
+ *
+ * Schedules are rows. Those declared in code are written when their layer is built, others at run time, and every scheduler
+ * sees all of them. Inside `sql.withTransaction` of the queue's client, what is done to a schedule is part of that
+ * transaction.
+ *
+ * @since 0.1.0
+ */
+import type * as Cron from "effect/Cron"
+import { SecureRandom } from "effect/crypto"
+import * as DateTime from "effect/DateTime"
+import * as Duration from "effect/Duration"
+import * as Effect from "effect/Effect"
+import * as Layer from "effect/Layer"
+import * as Option from "effect/Option"
+import * as Predicate from "effect/Predicate"
+import * as Result from "effect/Result"
+import * as Schema from "effect/Schema"
+import type { SqlError } from "effect/sql/SqlError"
+import * as Bounded from "./Bounded.ts"
+import * as Database from "./Database.ts"
+import * as Definition from "./Definition.ts"
+import * as Enqueue from "./Enqueue.ts"
+import type * as Job from "./Job.ts"
+import { announce, here, JobQueue, JobQueueError } from "./JobQueue.ts"
+import { longestDelay } from "./RetryPolicy.ts"
+import * as Schedules from "./Schedules.ts"
+import type * as Store from "./Store.ts"
+import * as Ticker from "./Ticker.ts"
+import * as Ticks from "./Ticks.ts"
+
+/**
+ * There is no schedule of this name.
+ *
+ * @category errors
+ * @since 0.1.0
+ */
+export class NoSuchSchedule extends Schema.TaggedError<NoSuchSchedule>()("NoSuchSchedule", {
+  name: Schema.String
+}) {
+  override get message() {
+    return `there is no schedule "${this.name}"`
+  }
+}
+
+/**
+ * A definition that can be scheduled: of one kind, not of a family; `family.of(kind)` is one.
+ *
+ * @category models
+ * @since 0.1.0
+ */
+export type Schedulable = Job.Any & { readonly enqueue: unknown }
+
+/**
+ * What happens to a tick while the job of an earlier one has not ended. `"allow"`: its job runs beside it. `"skip"`: there is
+ * no job for it. `"queue"`: its job is enqueued when the one before has ended, however it ended; up to 10 000 ticks wait.
+ *
+ * @category models
+ * @since 0.1.0
+ */
+export type Overlap = Schedules.Overlap
+
+/**
+ * When a schedule fires.
+ *
+ * @category models
+ * @since 0.1.0
+ */
+export type When = {
+  /**
+   * A cron expression of five fields, or of six with seconds in front; one of `@yearly`, `@monthly`, `@weekly`, `@daily`,
+   * `@hourly`, `@minutely`; or a `Cron` of Effect.
+   */
+  readonly cron: string | Cron.Cron
+  readonly every?: undefined
+  /** The zone in which the fields are read, by its IANA name or as an offset. Default `"UTC"`, or that of the `Cron`. */
+  readonly timeZone?: string | DateTime.TimeZone | undefined
+} | {
+  /** The multiples of this since 1970 in UTC, so that a deploy does not move them. At least a second. */
+  readonly every: Duration.Input
+  readonly cron?: undefined
+  readonly timeZone?: undefined
+}
+
+/**
+ * How the ticks of a schedule become jobs.
+ *
+ * @category models
+ * @since 0.1.0
+ */
+export interface Policy {
+  /**
+   * What is made up of ticks at which no scheduler was there: nothing, the latest, or the latest `all` (1 to 1 000), in their
+   * order. A tick counts as missed when it is more than 30 s late. Default `"latest"`.
+   */
+  readonly missed?: "skip" | "latest" | { readonly all: number } | undefined
+  /** Missed ticks that are older are not made up. Default 7 days. */
+  readonly missedWindow?: Duration.Input | undefined
+  /** What happens while an earlier job has not ended. Default `"allow"`. */
+  readonly overlap?: Overlap | undefined
+  /** Start each job up to so much later, at random. `scheduledFor` is the tick all the same. Default 0. */
+  readonly jitter?: Duration.Input | undefined
+  /** Default: the definition's. */
+  readonly queue?: string | undefined
+  /** Default: the definition's. */
+  readonly priority?: Enqueue.Priority | undefined
+  /** Default: the definition's. */
+  readonly maxAttempts?: number | undefined
+  /** Default: the definition's. */
+  readonly timeout?: Duration.Input | undefined
+  /** Travels with each job, together with `schedule`: the name. At most 64 KiB as JSON. */
+  readonly metadata?: Enqueue.Metadata | undefined
+  /** Of two processes with different definitions the higher version has its way; of equal ones, the last to start. Default 0. */
+  readonly version?: number | undefined
+}
+
+/**
+ * The options of a schedule.
+ *
+ * @category models
+ * @since 0.1.0
+ */
+export type Options<J extends Schedulable> =
+  & When
+  & Policy
+  & {
+    /** The job to enqueue. No process needs a handler for it to schedule it. */
+    readonly job: J
+  }
+  & (Definition.MayOmit<Definition.In<J["payloadSchema"]>> extends true
+    ? { readonly payload?: Definition.In<J["payloadSchema"]> }
+    : { readonly payload: Definition.In<J["payloadSchema"]> })
+
+const TypeId = "~effect-pgqueue/CronScheduler/Entry"
+
+/** What is stored of a schedule, but for its first tick. */
+interface Resolved {
+  readonly row: Omit<Schedules.Registration, "next">
+  readonly ticks: (now: number) => Effect.Effect<number, Enqueue.EnqueueError>
+}
+
+/**
+ * A schedule as it is declared. Needs what encodes its payload.
+ *
+ * @category models
+ * @since 0.1.0
+ */
+export interface Entry<out R> {
+  readonly name: string
+  /** @internal */
+  readonly [TypeId]: Effect.Effect<Resolved, Enqueue.EnqueueError, R>
+}
+
+/**
+ * Declares a schedule, for {@link layer} or {@link schedule}.
+ *
+ * **Details**
+ *
+ * A tick is enqueued and the schedule moved on in one statement, so there is at most one job for each tick, for ever, and one
+ * if any scheduler is there before the window for missed ticks is over. The handler reads its tick from
+ * `Job.Current.scheduledFor`.
+ *
+ * When clocks change, expressions whose hours begin with `*` fire at every real time that they match; others fire once for
+ * every time of day that they name, also on the day that skips it, then moved by the change, and on the day that repeats it.
+ *
+ * What is wrong with the options is said where it is used: {@link layer} and {@link schedule} fail with `EnqueueError`, also
+ * for an expression that will never fire.
+ *
+ * **Gotchas**
+ *
+ * The definition's `unique` rule applies: a tick that meets a holder of the key has no job, whatever `onConflict` says.
+ *
+ * **Example** (Every night, and every quarter of an hour)
+ *
+ * ```ts
+ * import { Schema } from "effect"
+ * import { CronScheduler, Job } from "effect-pgqueue"
+ *
+ * class Report extends Job.make("report", { payload: { days: Schema.Int } }) {}
+ * class Sync extends Job.make("sync") {}
+ *
+ * const nightly = CronScheduler.make("nightly-report", {
+ *   cron: "0 3 * * *",
+ *   timeZone: "Europe/Berlin",
+ *   job: Report,
+ *   payload: { days: 1 }
+ * })
+ * const often = CronScheduler.make("sync", { every: "15 minutes", job: Sync, missed: "skip", overlap: "skip" })
+ * ```
+ *
+ * @category constructors
+ * @since 0.1.0
+ */
+export const make = <J extends Schedulable>(
+  name: string,
+  options: Options<J>
+): Entry<J["payloadSchema"]["EncodingServices"]> => ({
+  name,
+  [TypeId]: resolve(name, options) as Effect.Effect<
+    Resolved,
+    Enqueue.EnqueueError,
+    // Sound: this is all that `resolve` needs, and it is called with a payload of that definition.
+    J["payloadSchema"]["EncodingServices"]
+  >
+})
+
+/** Checks the options of a schedule and makes of them what is stored. */
+const resolve = Effect.fnUntraced(function*(
+  name: string,
+  options: When & Policy & { readonly job: Schedulable; readonly payload?: unknown }
+) {
+  const { definition } = options.job[Definition.TypeId]
+  const invalid = (message: string) =>
+    new Enqueue.EnqueueError({
+      kind: definition.name,
+      reason: "InvalidOption",
+      message: `the schedule "${name}": ${message}`
+    })
+  const nameProblem = Enqueue.problemOfName("its name", name, 200)
+  if (nameProblem !== undefined) return yield* invalid(nameProblem)
+  if (definition.family) return yield* invalid("a family is no job; schedule one of its kinds")
+  const found = Ticks.specOf(options)
+  if (Result.isFailure(found)) return yield* invalid(found.failure)
+  const { spec, timeZone } = found.success
+
+  const { missed = "latest", overlap = "allow", version = 0 } = options
+  const count = missed === "skip" ? 0 : missed === "latest" ? 1 : Predicate.isObject(missed) ? missed.all : NaN
+  if (!Number.isInteger(count) || count < 0 || count > 1000 || (count === 0 && missed !== "skip")) {
+    return yield* invalid(`missed must be "skip", "latest" or { all: 1 to 1000 }`)
+  }
+  if (overlap !== "allow" && overlap !== "skip" && overlap !== "queue") {
+    return yield* invalid(`overlap must be "allow", "skip" or "queue"`)
+  }
+  if (!Number.isInteger(version) || Math.abs(version) > 2_147_483_647) {
+    return yield* invalid("version must be an integer")
+  }
+  const missedWindow = Enqueue.millisOf(options.missedWindow) ?? 604_800_000
+  if (!(missedWindow >= 1)) return yield* invalid("missedWindow must be at least a millisecond")
+  const jitter = Enqueue.millisOf(options.jitter) ?? 0
+  if (!(jitter >= 0 && jitter <= longestDelay)) return yield* invalid("jitter must not be negative and must be finite")
+
+  const job = yield* definition.resolve(options.payload, {
+    queue: options.queue,
+    priority: options.priority,
+    maxAttempts: options.maxAttempts,
+    timeout: options.timeout,
+    metadata: { schedule: name, ...options.metadata }
+  })
+  const row: Resolved["row"] = {
+    name,
+    spec,
+    timeZone,
+    kind: job.kind,
+    queue: job.queue,
+    priority: job.priority,
+    maxAttempts: job.maxAttempts,
+    timeout: job.timeout,
+    missedWindow: Math.min(missedWindow, longestDelay),
+    jitter,
+    uniquePeriod: job.unique?.period,
+    payload: job.payload,
+    metadata: job.metadata,
+    missed: count,
+    overlap,
+    uniqueKey: job.unique?.key,
+    uniqueUntil: job.unique?.until ?? "finished",
+    version
+  }
+  return {
+    row,
+    ticks: (now: number) => {
+      const next = nextOf(spec, timeZone, now)
+      return "next" in next ? Effect.succeed(next.next) : Effect.fail(invalid(next.problem))
+    }
+  }
+})
+
+/** The next tick of a stored expression, or why there is none. */
+const nextOf = (
+  spec: string,
+  timeZone: string,
+  after: number
+): { readonly next: number } | { readonly problem: string } => {
+  const ticks = Ticks.parse(spec, timeZone, after)
+  if (Result.isFailure(ticks)) return { problem: ticks.failure }
+  const next = Ticks.next(ticks.success, after)
+  return next === undefined ? { problem: Ticker.over } : { next }
+}
+
+/** Adds the first ticks, by the database's clock. */
+const registrations = Effect.fnUntraced(function*(
+  store: Store.Store,
+  resolved: ReadonlyArray<Resolved>,
+  inside: boolean
+) {
+  const now = Number(yield* store.clock(inside)) / 1000
+  return yield* Effect.forEach(resolved, ({ row, ticks }) => Effect.map(ticks(now), (next) => ({ ...row, next })))
+})
+
+/** How many schedules are written in one statement. */
+const chunk = 1000
+
+/**
+ * The options of a scheduler.
+ *
+ * @category models
+ * @since 0.1.0
+ */
+export interface LayerOptions {
+  /** How often it looks by itself. Ticks that it knows of are on time. Default 5 s, or 1 s when it cannot LISTEN. */
+  readonly pollInterval?: Duration.Input | undefined
+}
+
+/**
+ * Runs a scheduler for as long as the layer lives, and declares schedules.
+ *
+ * **Details**
+ *
+ * It fires every schedule of the queue, whoever wrote it, and needs no handler for any. Any number of them run at once;
+ * none leads.
+ *
+ * The schedules that are listed are written when the layer is built, where they differ from their rows. Times that do not
+ * change keep the next tick, so that a deploy loses none; times that change begin after the last tick there was. A paused
+ * schedule stays paused. When two versions of the code run at once, the higher `version` of a schedule has its way, and
+ * without one the process that started last. A schedule that no running process declares any more goes on; after a quarter
+ * of an hour it is marked (`undeclaredAt`) and a warning logged. {@link remove} removes it.
+ *
+ * Fails with `EnqueueError` when something is wrong with an entry, and with `JobQueueError` when it is the interval.
+ *
+ * **Example** (A process that schedules)
+ *
+ * ```ts
+ * import { NodeRuntime } from "@effect/platform-node"
+ * import { PgClient } from "@effect/sql-pg"
+ * import { Config, Layer } from "effect"
+ * import { CronScheduler, Job, JobQueue } from "effect-pgqueue"
+ *
+ * class Sweep extends Job.make("sweep") {}
+ *
+ * const PgLive = PgClient.layerConfig({ url: Config.Redacted("DATABASE_URL") })
+ * const QueueLive = JobQueue.layer().pipe(Layer.provideMerge(PgLive))
+ *
+ * const Main = CronScheduler.layer([
+ *   CronScheduler.make("hourly-sweep", { cron: "@hourly", job: Sweep })
+ * ]).pipe(Layer.provide(QueueLive))
+ *
+ * NodeRuntime.runMain(Layer.launch(Main))
+ * ```
+ *
+ * @category layers
+ * @since 0.1.0
+ */
+export const layer = <const E extends ReadonlyArray<Entry<unknown>>>(
+  entries: E,
+  options?: LayerOptions
+): Layer.Layer<
+  never,
+  Enqueue.EnqueueError | JobQueueError | SqlError,
+  JobQueue | Effect.Services<E[number][typeof TypeId]>
+> =>
+  Layer.effectDiscard(start(entries, options ?? {})) as Layer.Layer<
+    never,
+    Enqueue.EnqueueError | JobQueueError | SqlError,
+    // Sound: the entries are all that needs something, and their types say what.
+    JobQueue | Effect.Services<E[number][typeof TypeId]>
+  >
+
+const start = Effect.fnUntraced(function*(entries: ReadonlyArray<Entry<unknown>>, options: LayerOptions) {
+  const { internal: { store, wakeup }, mode } = yield* JobQueue
+  const pollInterval = Enqueue.millisOf(options.pollInterval) ?? (mode === "listen" ? 5000 : 1000)
+  if (!(pollInterval >= 10 && pollInterval <= 3_600_000)) {
+    return yield* new JobQueueError({
+      reason: "InvalidOption",
+      message: "pollInterval must be from 10 milliseconds to an hour"
+    })
+  }
+  const resolved = yield* Effect.forEach(entries, (entry) => entry[TypeId])
+  const names = resolved.map(({ row }) => row.name)
+  const twice = resolved.find(({ row }, index) => names.indexOf(row.name) !== index)
+  if (twice !== undefined) {
+    return yield* new Enqueue.EnqueueError({
+      kind: twice.row.kind,
+      reason: "InvalidOption",
+      message: `the schedule "${twice.row.name}" is declared twice`
+    })
+  }
+  const declare = Effect.gen(function*() {
+    const all = yield* registrations(store, resolved, false)
+    for (let begin = 0; begin < all.length; begin += chunk) {
+      const { newer, written } = yield* store.schedules.register(all.slice(begin, begin + chunk), true, false)
+      if (written.length > 0) yield* Effect.logInfo(`effect-pgqueue: wrote the schedules ${written.join(", ")}`)
+      if (newer.length > 0) {
+        yield* Effect.logWarning(`effect-pgqueue: the schedules ${newer.join(", ")} are of a newer version and stay so`)
+      }
+    }
+  })
+  yield* declare.pipe(
+    Effect.tapError((error) =>
+      Database.isTransient(error)
+        ? Effect.logWarning(`effect-pgqueue: waiting to write the schedules (${Database.describe(error)})`)
+        : Effect.void
+    ),
+    Effect.retry({ while: Database.isTransient, schedule: Database.backoff })
+  )
+  // The schedulers that run do not know yet what was written.
+  wakeup.scheduled()
+  yield* wakeup.listen
+  const loops = yield* Ticker.make({ store, wakeup, pollInterval, declared: names })
+  // Without spans: a stream of looks that never ends belongs to nobody's trace.
+  yield* Effect.withTracerEnabled(Bounded.fork(loops), false)
+})
+
+/**
+ * Writes a schedule at run time: creates it, or changes it as a layer does at start.
+ *
+ * **Details**
+ *
+ * Nobody declares it, so nobody misses it when the code changes. Fails with `EnqueueError` when something is wrong with it.
+ *
+ * **Example** (A report for each customer who wants one)
+ *
+ * ```ts
+ * import { Schema } from "effect"
+ * import { CronScheduler, Job } from "effect-pgqueue"
+ *
+ * class Report extends Job.make("report", { payload: { customer: Schema.String } }) {}
+ *
+ * const subscribe = (customer: string, cron: string, timeZone: string) =>
+ *   CronScheduler.schedule(
+ *     CronScheduler.make(`report:${customer}`, { cron, timeZone, job: Report, payload: { customer } })
+ *   )
+ * ```
+ *
+ * @category schedules
+ * @since 0.1.0
+ */
+export const schedule = Effect.fn("CronScheduler.schedule")(
+  function*<R>(entry: Entry<R>): Effect.fn.Return<void, Enqueue.EnqueueError | SqlError, JobQueue | R> {
+    const { inside, store, wakeup } = yield* here
+    const resolved = yield* entry[TypeId]
+    const [one] = yield* registrations(store, [resolved], inside)
+    yield* store.schedules.register([one!], false, inside)
+    yield* announce(wakeup.scheduled)
+  }
+)
+
+/**
+ * A schedule as it is stored.
+ *
+ * @category models
+ * @since 0.1.0
+ */
+export interface Info {
+  readonly name: string
+  /** As it is stored: an expression, a name such as `@hourly`, or `@every 90s`. */
+  readonly cron: string
+  readonly timeZone: string
+  readonly kind: string
+  readonly queue: string
+  readonly priority: number
+  readonly maxAttempts: number
+  readonly timeout: Option.Option<Duration.Duration>
+  /** As it is stored: encoded. */
+  readonly payload: Schema.Json
+  readonly metadata: Enqueue.Metadata
+  readonly missed: "skip" | "latest" | { readonly all: number }
+  readonly missedWindow: Duration.Duration
+  readonly overlap: Overlap
+  readonly jitter: Duration.Duration
+  readonly version: number
+  /** The next tick; `None` while it is paused or has a problem, and for a moment after somebody wrote it by hand. */
+  readonly next: Option.Option<DateTime.Utc>
+  /** The last tick that has passed, with a job or without. */
+  readonly previous: Option.Option<DateTime.Utc>
+  /** The job of the last tick that had one. */
+  readonly lastJob: Option.Option<Enqueue.JobId>
+  /** How many ticks wait for that job to end. */
+  readonly waiting: number
+  readonly pausedAt: Option.Option<DateTime.Utc>
+  /** Why it does not fire. {@link resume} it when that is mended. */
+  readonly problem: Option.Option<string>
+  /** Whether it was written by a layer. */
+  readonly declared: boolean
+  /** Since when no running process declares it. */
+  readonly undeclaredAt: Option.Option<DateTime.Utc>
+}
+
+const time = (millis: number | null) => Option.map(Option.fromNullOr(millis), (at) => DateTime.makeUnsafe(at))
+
+/**
+ * Reads all schedules of the queue, by name.
+ *
+ * **Example** (What an operator should see)
+ *
+ * ```ts
+ * import { Effect, Option } from "effect"
+ * import { CronScheduler } from "effect-pgqueue"
+ *
+ * const broken = Effect.map(CronScheduler.list, (all) => all.filter(({ problem }) => Option.isSome(problem)))
+ * ```
+ *
+ * @category schedules
+ * @since 0.1.0
+ */
+export const list: Effect.Effect<ReadonlyArray<Info>, SqlError, JobQueue> = Effect.gen(function*() {
+  const { inside, store } = yield* here
+  return (yield* store.schedules.list(inside)).map((row): Info => ({
+    name: row.name,
+    cron: row.spec,
+    timeZone: row.time_zone,
+    kind: row.kind,
+    queue: row.queue,
+    priority: row.priority,
+    maxAttempts: row.max_attempts,
+    timeout: Option.map(Option.fromNullOr(row.timeout_ms), Duration.millis),
+    payload: JSON.parse(row.payload) as Schema.Json,
+    // Sound: enqueue checks that its values are text, and who writes it by hand is told so.
+    metadata: JSON.parse(row.metadata) as Enqueue.Metadata,
+    missed: row.missed === 0 ? "skip" : row.missed === 1 ? "latest" : { all: row.missed },
+    missedWindow: Duration.millis(row.missed_window_ms),
+    overlap: row.overlap,
+    jitter: Duration.millis(row.jitter_ms),
+    version: row.version,
+    next: time(row.next),
+    previous: time(row.previous),
+    // Sound: the storage's ids are jobs'.
+    lastJob: Option.fromNullOr(row.last_job as Enqueue.JobId | null),
+    waiting: row.waiting,
+    pausedAt: time(row.paused),
+    problem: Option.fromNullOr(row.problem),
+    declared: row.declared,
+    undeclaredAt: time(row.undeclared)
+  }))
+}).pipe(Effect.withSpan("CronScheduler.list"))
+
+const found = (name: string, there: boolean) => there ? Effect.void : Effect.fail(new NoSuchSchedule({ name }))
+
+/**
+ * Stops a schedule until it is resumed, also over deploys. Its jobs go on.
+ *
+ * **Details**
+ *
+ * Ticks meanwhile are not missed: they have no job, and are not made up. Ticks that wait for a job go on waiting. Fails with
+ * {@link NoSuchSchedule}.
+ *
+ * @category schedules
+ * @since 0.1.0
+ */
+export const pause = Effect.fn("CronScheduler.pause")(
+  function*(name: string): Effect.fn.Return<void, NoSuchSchedule | SqlError, JobQueue> {
+    const { inside, store } = yield* here
+    yield* found(name, yield* store.schedules.pause(name, inside))
+  }
+)
+
+/**
+ * Lets a schedule fire again that is paused, or has stopped because of a problem; from its next tick on.
+ *
+ * **Details**
+ *
+ * A problem that is still there is there again afterwards: see {@link list}. One that neither is paused nor has a problem is
+ * left as it is. Fails with {@link NoSuchSchedule}.
+ *
+ * @category schedules
+ * @since 0.1.0
+ */
+export const resume = Effect.fn("CronScheduler.resume")(
+  function*(name: string): Effect.fn.Return<void, NoSuchSchedule | SqlError, JobQueue> {
+    const { inside, store, wakeup } = yield* here
+    const next = (row: Schedules.OneRow) => nextOf(row.spec, row.time_zone, Math.max(row.now, row.previous ?? row.now))
+    yield* found(name, yield* store.schedules.resume(name, next, inside))
+    yield* announce(wakeup.scheduled)
+  }
+)
+
+/**
+ * Enqueues a job of a schedule now, beside those of its ticks, also while it is paused.
+ *
+ * **Details**
+ *
+ * `scheduledFor` is now. It does not wait for the job of an earlier tick; with `overlap: "skip"` or `"queue"` the ticks that
+ * follow heed it, unless an earlier job is there to be heeded. With a unique key that somebody holds, the answer is
+ * `existing` and his job. Fails with {@link NoSuchSchedule}.
+ *
+ * @category schedules
+ * @since 0.1.0
+ */
+export const trigger = Effect.fn("CronScheduler.trigger")(
+  function*(name: string): Effect.fn.Return<Enqueue.Enqueued, NoSuchSchedule | SqlError, JobQueue> {
+    const { inside, store, wakeup } = yield* here
+    while (true) {
+      const id = SecureRandom.uuidV7Unsafe()
+      const done = yield* store.schedules.trigger(name, id, inside)
+      if (done === undefined) return yield* new NoSuchSchedule({ name })
+      if (done.inserted) {
+        yield* announce(() => wakeup.mark(done.queue, 0))
+        // Sound: the id of a job that there is, here and below.
+        return { id: id as Enqueue.JobId, status: "inserted" }
+      }
+      // Without a holder, the key has just been given back.
+      if (done.holder !== null) return { id: done.holder as Enqueue.JobId, status: "existing" }
+    }
+  }
+)
+
+/**
+ * Removes a schedule. Its jobs stay; ticks that wait for one have none.
+ *
+ * **Gotchas**
+ *
+ * One that is still declared is there again when the next process starts that declares it.
+ *
+ * Fails with {@link NoSuchSchedule}.
+ *
+ * @category schedules
+ * @since 0.1.0
+ */
+export const remove = Effect.fn("CronScheduler.remove")(
+  function*(name: string): Effect.fn.Return<void, NoSuchSchedule | SqlError, JobQueue> {
+    const { inside, store } = yield* here
+    yield* found(name, yield* store.schedules.remove(name, inside))
+  }
+)
+
+/**
+ * Enqueues the ticks of a schedule in a span of the past, from `from` on and before `to`, in their order.
+ *
+ * **Details**
+ *
+ * Ticks whose job is there, or whose finished job is kept, have no second one. With `overlap: "queue"` they wait for each
+ * other and for the job of an earlier tick, otherwise they run at once. What is not past yet is left to the schedule. At most
+ * 10 000 ticks, all or none.
+ *
+ * `ticks` is how many there are in that span, `enqueued` how many of them have a new job, `waiting` how many wait for one.
+ *
+ * Fails with {@link NoSuchSchedule}, and with `EnqueueError` when the span is not one, holds too many ticks, or the schedule's
+ * expression is invalid.
+ *
+ * **Example** (The days before there was a schedule)
+ *
+ * ```ts
+ * import { CronScheduler } from "effect-pgqueue"
+ *
+ * const january = CronScheduler.backfill("nightly-report", {
+ *   from: new Date("2026-01-01T00:00:00Z"),
+ *   to: new Date("2026-02-01T00:00:00Z")
+ * })
+ * ```
+ *
+ * @category schedules
+ * @since 0.1.0
+ */
+export const backfill = Effect.fn("CronScheduler.backfill")(
+  function*(
+    name: string,
+    span: {
+      readonly from: DateTime.DateTime | Date
+      readonly to: DateTime.DateTime | Date
+    }
+  ): Effect.fn.Return<
+    { readonly ticks: number; readonly enqueued: number; readonly waiting: number },
+    NoSuchSchedule | Enqueue.EnqueueError | SqlError,
+    JobQueue
+  > {
+    const { inside, store, wakeup } = yield* here
+    const [from, to] = [Enqueue.epochMillis(span.from), Enqueue.epochMillis(span.to)]
+    const invalid = (message: string) =>
+      new Enqueue.EnqueueError({ kind: "", reason: "InvalidOption", message: `the schedule "${name}": ${message}` })
+    if (!(from <= to)) return yield* invalid("from and to must be dates, and to must not be before from")
+    let count = 0
+    const fired = yield* store.schedules.backfill(name, (row) => {
+      const ticks = Ticks.parse(row.spec, row.time_zone, row.now)
+      if (Result.isFailure(ticks)) return ticks.failure
+      const most = Schedules.mostWaiting - (row.overlap === "queue" ? row.waiting : 0)
+      const past = Ticks.between(ticks.success, Math.ceil(from) - 1, Math.min(to - 1, row.now), most + 1)
+      count = past.length
+      return past.length > most ? `there are more than ${most} ticks in that span` : past
+    }, inside)
+    if (fired === undefined) return yield* new NoSuchSchedule({ name })
+    if (Predicate.isString(fired)) return yield* invalid(fired)
+    yield* announce(() => {
+      for (const one of fired) if (one.enqueued > 0) wakeup.mark(one.queue, one.delay)
+    })
+    const sum = (of: (one: Schedules.Fired) => number) => fired.reduce((all, one) => all + of(one), 0)
+    return { ticks: count, enqueued: sum((one) => one.enqueued), waiting: sum((one) => one.waiting) }
+  }
+)

@@ -1,0 +1,222 @@
+/**
+ * The loop of a scheduler: looks which schedules are due, works out their ticks, and has them enqueued. Any number of
+ * processes run it at once, and none of them leads.
+ *
+ * @since 0.1.0
+ */
+import * as Effect from "effect/Effect"
+import * as Latch from "effect/Latch"
+import * as Metric from "effect/Metric"
+import * as Random from "effect/Random"
+import * as Result from "effect/Result"
+import type { SqlError } from "effect/sql/SqlError"
+import * as Bounded from "./Bounded.ts"
+import * as Database from "./Database.ts"
+import * as Episode from "./Episode.ts"
+import * as Missed from "./Missed.ts"
+import type * as Schedules from "./Schedules.ts"
+import type * as Store from "./Store.ts"
+import * as Telemetry from "./Telemetry.ts"
+import * as Ticks from "./Ticks.ts"
+import * as Wakeup from "./Wakeup.ts"
+
+/** How many schedules are read, worked out and written at once: some 20 ms of computing. */
+const page = 500
+
+/** A statement on a dead link never answers. */
+const bound = 15_000
+
+/** How long to wait, in milliseconds, when all that is due is in somebody's hands. */
+const elsewhere = 50
+
+/** How many expressions are kept as they were read. */
+const mostKept = 20_000
+
+/** Why a schedule without a next tick has stopped. */
+export const over = "it will never fire again"
+
+/** How often, in milliseconds, a scheduler says which schedules it declares, and after how long without that one is marked. */
+const declaring = { every: 300_000, missedAfter: 900_000 }
+
+/**
+ * Reads stored expressions, and keeps what it has read.
+ */
+export const reader = () => {
+  const kept = new Map<string, Result.Result<Ticks.Ticks, string>>()
+  return (spec: string, timeZone: string, now: number): Result.Result<Ticks.Ticks, string> => {
+    const key = `${timeZone} ${spec}`
+    const known = kept.get(key)
+    if (known !== undefined) return known
+    const read = Ticks.parse(spec, timeZone, now)
+    if (kept.size >= mostKept) kept.clear()
+    kept.set(key, read)
+    return read
+  }
+}
+
+/**
+ * Makes the loops of a scheduler, each to be run until it is interrupted.
+ */
+export const make = Effect.fnUntraced(function*(options: {
+  readonly store: Store.Store
+  readonly wakeup: Wakeup.Wakeup
+  /** Milliseconds. */
+  readonly pollInterval: number
+  /** The schedules that this process declares. */
+  readonly declared: ReadonlyArray<string>
+}) {
+  const { store, wakeup } = options
+  const read = reader()
+  const poke = Latch.makeUnsafe(false)
+  /** The jobs that ticks wait for. */
+  let awaited: ReadonlySet<string> = new Set()
+  yield* wakeup.subscribe({
+    ...Wakeup.deaf,
+    onSchedule: () => void poke.openUnsafe(),
+    onEnd: (job) => {
+      if (awaited.has(job)) poke.openUnsafe()
+    }
+  })
+
+  const disable = Effect.fnUntraced(function*(name: string, updatedAt: string | undefined, problem: string) {
+    yield* Effect.logError(`effect-pgqueue: the schedule "${name}" has stopped: ${problem}`)
+    yield* Bounded.bounded(store.schedules.disable(name, updatedAt, problem), bound)
+  })
+
+  /**
+   * Writes schedules, together if possible: one that cannot be written stops, one whose key or id somebody has locked is left
+   * for later, and neither keeps the others from it.
+   */
+  const apart = <A, B>(
+    all: ReadonlyArray<A>,
+    write: (some: ReadonlyArray<A>) => Effect.Effect<ReadonlyArray<B>, SqlError>,
+    onFault: (one: A, problem: string) => Effect.Effect<void, SqlError | Bounded.TimedOut>
+  ): Effect.Effect<ReadonlyArray<B>, SqlError | Bounded.TimedOut> =>
+    all.length === 0 ? Effect.succeed([]) : Effect.catchIf(
+      Bounded.bounded(write(all), bound),
+      (error) => Database.isDataFault(error) || Database.isLockTimeout(error),
+      (error) => {
+        if (all.length > 1) {
+          const half = all.length >> 1
+          return Effect.zipWith(
+            apart(all.slice(0, half), write, onFault),
+            apart(all.slice(half), write, onFault),
+            (left, right) => [...left, ...right]
+          )
+        }
+        return Effect.as(Database.isLockTimeout(error) ? Effect.void : onFault(all[0]!, Database.describe(error)), [])
+      }
+    )
+
+  /** Works out one page and has it written. Returns how many were there and how many of them were this process's. */
+  const advance = Effect.fnUntraced(function*(rows: ReadonlyArray<Schedules.DueRow>) {
+    const advances: Array<Schedules.Advance> = []
+    const planned = new Map<string, { readonly row: Schedules.DueRow; readonly plan: Missed.Plan }>()
+    for (const row of rows) {
+      const ticks = read(row.spec, row.time_zone, row.now)
+      if (Result.isFailure(ticks)) {
+        yield* disable(row.name, row.updated_at, ticks.failure)
+        continue
+      }
+      const plan = Missed.plan(ticks.success, { ...row, missedWindow: row.missed_window_ms })
+      if (plan.next === undefined && plan.ticks.length === 0) yield* disable(row.name, row.updated_at, over)
+      else advances.push({ row, ticks: plan.ticks, previous: plan.previous, next: plan.next })
+      planned.set(row.name, { row, plan })
+    }
+    // Keys can be held by strangers: those go apart, so that nobody else waits for them.
+    const [keyed, plain] = [advances.filter(({ row }) => row.keyed), advances.filter(({ row }) => !row.keyed)]
+    if (keyed.length > 0) yield* Bounded.bounded(store.schedules.expireKeys(keyed.map(({ row }) => row.name)), bound)
+    let fired = 0
+    for (const group of [plain, keyed]) {
+      const written = yield* apart(
+        group,
+        store.schedules.fire,
+        ({ row }, problem) => disable(row.name, row.updated_at, problem)
+      )
+      for (const one of written) {
+        fired++
+        const { plan, row } = planned.get(one.name)!
+        if (row.due !== null) yield* Metric.update(Telemetry.tickLateness, Math.max(0, row.now - row.due))
+        if (plan.missed) {
+          yield* Effect.logInfo(
+            `effect-pgqueue: the schedule "${one.name}" is late; ${plan.ticks.length} missed ticks are made up`
+          )
+        }
+        yield* Metric.update(Telemetry.enqueuedTicks, one.enqueued)
+        if (one.enqueued > 0) wakeup.mark(one.queue, one.delay)
+        if (one.skipped > 0) {
+          yield* Metric.update(Telemetry.skippedTicks, one.skipped)
+          yield* Effect.logDebug(`effect-pgqueue: ${one.skipped} ticks of the schedule "${one.name}" are skipped`)
+        }
+      }
+    }
+    return fired
+  })
+
+  const round = Effect.gen(function*() {
+    poke.closeUnsafe()
+    const look = yield* Bounded.bounded(store.schedules.look(), bound)
+    awaited = new Set(look.waiting.flatMap(({ free, job }) => free || job === null ? [] : [job]))
+    const free = look.waiting.filter(({ free }) => free)
+    const followed = yield* apart(
+      free,
+      store.schedules.follow,
+      ({ name }, problem) => disable(name, undefined, problem)
+    )
+    for (const queue of followed) wakeup.mark(queue, 0)
+    if (!look.unset && (look.wait ?? 1) > 0) return look.wait
+    let after: Schedules.DueRow | undefined
+    let all = 0
+    while (true) {
+      const rows = yield* Bounded.bounded(store.schedules.due(page, after), bound)
+      const fired = yield* advance(rows)
+      all += fired
+      // What is due and not this process's to fire is somebody's who has it in his hands.
+      if (rows.length < page) return all > 0 ? 0 : elsewhere
+      after = rows[rows.length - 1]
+      // Another process is at the same rows: let it get ahead, so that each is worked out once.
+      if (fired < rows.length / 2) yield* Effect.flatMap(Random.nextBetween(5, 50), (pause) => Effect.sleep(pause))
+    }
+  })
+
+  const firing = Episode.make("the scheduler")
+  const fires = Effect.gen(function*() {
+    const wait = yield* round
+    yield* firing.succeeded
+    // The database's clock may be moved, and others may write schedules: no wait is longer than the interval.
+    const pause = Math.min(options.pollInterval, Math.max(1, Math.ceil(wait ?? options.pollInterval)))
+    yield* Effect.timeoutOption(poke.await, pause)
+  }).pipe(
+    Effect.catchCause((cause) => Effect.andThen(firing.failed(cause), Effect.sleep("200 millis"))),
+    Effect.forever
+  )
+
+  const marking = Episode.make("saying which schedules are declared")
+  const declare = Bounded.bounded(store.schedules.declare(options.declared, declaring.every / 2), bound)
+  const undeclare = Effect.gen(function*() {
+    const names = yield* Bounded.bounded(store.schedules.undeclare(declaring.missedAfter), bound)
+    if (names.length > 0) {
+      yield* Effect.logWarning(
+        `effect-pgqueue: no running scheduler declares ${names.map((name) => `"${name}"`).join(", ")} any more; ${
+          names.length === 1 ? "it goes" : "they go"
+        } on until somebody removes ${names.length === 1 ? "it" : "them"}`
+      )
+    }
+  })
+  const marks = Effect.gen(function*() {
+    // Only who has been there for so long can tell that nobody has declared something meanwhile.
+    let rounds = 0
+    while (true) {
+      yield* declare
+      if (rounds * declaring.every > declaring.missedAfter) yield* undeclare
+      yield* marking.succeeded
+      rounds++
+      yield* Effect.flatMap(Random.nextBetween(0.9, 1.1), (jitter) => Effect.sleep(declaring.every * jitter))
+    }
+  }).pipe(
+    Effect.catchCause((cause) => Effect.andThen(marking.failed(cause), Effect.sleep("1 second"))),
+    Effect.forever
+  )
+
+  return [fires, marks]
+})
