@@ -13,6 +13,7 @@ import * as Metric from "effect/Metric"
 import type * as Scope from "effect/Scope"
 import type { SqlError } from "effect/sql/SqlError"
 import * as Bounded from "./Bounded.ts"
+import * as Contact from "./Contact.ts"
 import * as Database from "./Database.ts"
 import * as Episode from "./Episode.ts"
 import * as Store from "./Store.ts"
@@ -26,8 +27,8 @@ export interface Liveness {
   readonly id: () => string
   /** Whether a job may be started now. */
   readonly alive: () => boolean
-  /** Whether this process has been alive, without a gap, for a whole lease time: only then may it judge others. */
-  readonly settled: () => boolean
+  /** There once this process has been alive, without a gap, for a whole lease time: only then may it judge others. */
+  readonly standing: () => Contact.Standing | undefined
   /** Says that a connection was lost: nothing starts until the leases have been compared. */
   readonly doubt: () => void
   /** Asks for the next beat to come at once: it may have something to tell. */
@@ -71,6 +72,7 @@ export const make = Effect.fnUntraced(function*(options: {
   const margin = options.lease / 6
   const kick = Latch.makeUnsafe(false)
   const episode = Episode.make("the heartbeat")
+  const contact = Contact.make()
   let id = SecureRandom.uuidV4Unsafe()
   let registered = false
   /** When the last beat that succeeded was sent, and since when every one has. */
@@ -130,6 +132,12 @@ export const make = Effect.fnUntraced(function*(options: {
       lastBeat = sent
       if (lost) aliveSince = sent
       lost = false
+      const moved = answer.clock === undefined ? 0 : contact.heard(sent, now(), answer.clock)
+      if (moved !== 0) {
+        // Others may not have beaten since.
+        aliveSince = sent
+        yield* Contact.reportMove(moved, options.lease)
+      }
       if (alive()) options.onAlive()
       const known = options.leases()
       const unknown = answer.leases.filter((lease) => !known.has(lease.id) && lease.age > forgotten)
@@ -189,7 +197,10 @@ export const make = Effect.fnUntraced(function*(options: {
   const liveness: Liveness = {
     id: () => id,
     alive,
-    settled: () => !lost && inTime() && now() - aliveSince >= options.lease,
+    standing: () =>
+      !lost && inTime() && now() - aliveSince >= options.lease
+        ? { clock: contact.expected(now()), watched: now() - aliveSince }
+        : undefined,
     doubt: () => {
       doubted = now()
       kick.openUnsafe()

@@ -18,12 +18,12 @@ import type * as Job from "./Job.ts"
 import * as Leases from "./Leases.ts"
 import * as Line from "./Line.ts"
 import * as Liveness from "./Liveness.ts"
-import * as Maintenance from "./Maintenance.ts"
 import type * as Router from "./Router.ts"
 import * as Run from "./Run.ts"
 import type * as Settlement from "./Settlement.ts"
 import * as Settler from "./Settler.ts"
 import * as Store from "./Store.ts"
+import * as Tasks from "./Tasks.ts"
 import * as Timekeeper from "./Timekeeper.ts"
 import * as Transactional from "./Transactional.ts"
 import * as Wakeup from "./Wakeup.ts"
@@ -393,13 +393,12 @@ export const start = Effect.fnUntraced(function*(options: {
       liveness.run,
       timekeeper.run,
       ...lines.map(pull),
-      ...Maintenance.tasks({
+      Tasks.unparking({
         store,
         wakeup,
         worker: liveness.id,
         interval: options.rescueInterval,
-        allowed: () => !stopping && liveness.settled(),
-        unparking,
+        latch: unparking,
         onUnparked: () => {
           unparked = true
         }
@@ -407,6 +406,14 @@ export const start = Effect.fnUntraced(function*(options: {
     ]),
     false
   )
+  const { rescueInterval } = options
+  yield* Bounded.fork(Tasks.loops({
+    store,
+    wakeup,
+    intervals: { ...Tasks.defaults, rescue: rescueInterval, parking: rescueInterval, audit: rescueInterval },
+    standing: liveness.standing,
+    stopping: () => stopping
+  }))
 
   /** Waits until no handler runs, or the time is over. One that does not stop at its timeout is not waited for. */
   const quiet = (millis: number) =>

@@ -1,163 +1,190 @@
 /**
- * What every worker does for all of them: takes back the jobs of workers that died, parks kinds that nobody handles, looks
- * for jobs in no place.
+ * What the processes do for all of them: rescue, cleanup, audit; and what they agree on for it.
  *
  * @since 0.1.0
  */
+import * as Duration from "effect/Duration"
 import * as Effect from "effect/Effect"
-import type * as Latch from "effect/Latch"
-import * as Metric from "effect/Metric"
-import * as Random from "effect/Random"
+import * as Layer from "effect/Layer"
+import * as Option from "effect/Option"
+import type { SqlError } from "effect/sql/SqlError"
 import * as Bounded from "./Bounded.ts"
+import * as Cleanup from "./Cleanup.ts"
+import * as Contact from "./Contact.ts"
+import * as Database from "./Database.ts"
 import * as Episode from "./Episode.ts"
-import * as Line from "./Line.ts"
-import type * as Store from "./Store.ts"
-import * as Telemetry from "./Telemetry.ts"
-import type * as Wakeup from "./Wakeup.ts"
-
-/** Leases taken back in one statement: a few thousand jobs at most, so that no statement holds its locks for long. */
-const batch = 10
-
-/** How many due jobs of each lane are looked at for kinds that nobody handles, and moved in one statement. */
-const front = 2000
-
-/** How many parked jobs of a lane come back in one statement. */
-const back = 2000
-
-/** How many jobs an audit looks at in one statement: a million in an hour. */
-const page = 5000
-
-/** A statement on a dead link never answers; none of these takes more than a second or two. */
-const bound = 30_000
+import { JobQueue, JobQueueError } from "./JobQueue.ts"
+import * as Tasks from "./Tasks.ts"
 
 /**
- * Takes back, once, what dead workers left: first their registration, then, in a later statement, their jobs.
+ * How long finished jobs are kept, by how they ended: more than 0, `"Infinity"` for ever.
+ *
+ * @category models
+ * @since 0.1.0
  */
-export const rescueOnce = Effect.fnUntraced(function*(store: Store.Store, wakeup: Wakeup.Wakeup) {
-  const dead = yield* Bounded.bounded(store.reapWorkers(), 10_000)
-  let jobs = 0
-  let after: string | undefined
-  while (true) {
-    const taken = yield* Bounded.bounded(store.rescue(batch, after), bound)
-    for (const queue of taken.queues) wakeup.mark(queue, 0)
-    for (const job of taken.awaited) wakeup.tell("end", job)
-    jobs += taken.back + taken.ended
-    // Leases whose rows are locked by somebody stay for the next sweep, and hide no other.
-    if (taken.leases < batch || taken.last === null) break
-    after = taken.last
-  }
-  if (dead.length > 0 || jobs > 0) {
-    yield* Effect.logInfo(`effect-pgqueue: rescued ${jobs} jobs, ${dead.length} workers declared dead`)
-  }
-  return jobs
-})
+export interface Retention {
+  /** Default 1 day. */
+  readonly completed?: Duration.Input | undefined
+  /** Default 1 week. */
+  readonly cancelled?: Duration.Input | undefined
+  /** Default 1 week. */
+  readonly discarded?: Duration.Input | undefined
+}
 
 /**
- * Parks the jobs at the front of the lines that no live worker lists, until handled ones are in front again.
+ * How often a task is done, by one process after the other.
+ *
+ * @category models
+ * @since 0.1.0
  */
-export const parkOnce = Effect.fnUntraced(function*(store: Store.Store) {
-  let jobs = 0
-  while (true) {
-    const count = yield* Bounded.bounded(store.park(Line.everyLane, front), bound)
-    jobs += count
-    if (count < front / 2) break
-  }
-  if (jobs > 0) yield* Effect.logInfo(`effect-pgqueue: parked ${jobs} jobs of kinds that no worker handles`)
-  return jobs
-})
+export interface TaskOptions {
+  /** At least this long from one turn to the next in all processes together, and up to a fifth more. */
+  readonly interval?: Duration.Input | undefined
+}
 
 /**
- * Brings back everything that is parked and that this worker lists.
+ * The options of maintenance. What is left out is left to the other processes, and to the defaults.
+ *
+ * @category models
+ * @since 0.1.0
  */
-export const unparkOnce = Effect.fnUntraced(function*(store: Store.Store, wakeup: Wakeup.Wakeup, worker: string) {
-  let jobs = 0
-  while (true) {
-    const { count, queues } = yield* Bounded.bounded(store.unpark(worker, back), bound)
-    for (const queue of queues) wakeup.mark(queue, 0)
-    jobs += count
-    // The statement that finds nothing more removes the mark.
-    if (count === 0) break
-  }
-  if (jobs > 0) yield* Effect.logInfo(`effect-pgqueue: brought ${jobs} parked jobs back in line`)
-  return jobs
-})
+export interface Options {
+  /** Removes finished jobs whose retention is over. Every minute by default. */
+  readonly cleanup?:
+    | TaskOptions & {
+      /** One for all, or one for each way to end. */
+      readonly retention?: Duration.Input | Retention | undefined
+      /** `"archive"` moves them to the table `archive`, and keeps their attempts. Default `"delete"`. */
+      readonly strategy?: "delete" | "archive" | undefined
+    }
+    | undefined
+  /** Declares silent workers dead and takes their jobs back. Every 15 s by default. */
+  readonly rescue?: TaskOptions | undefined
+  /** Parks jobs of kinds that no live worker lists. Every 15 s by default. */
+  readonly parking?: TaskOptions | undefined
+  /** Looks, 5 000 jobs a turn, for jobs in no place and puts them back in line. Every 15 s by default. */
+  readonly audit?: TaskOptions | undefined
+  /** Removes unique keys whose period is over. Every minute by default. */
+  readonly keys?: TaskOptions | undefined
+}
+
+/** For a process without a worker: the same lease that a worker has by default, and how often to look, in milliseconds. */
+const lease = 30_000
+const contactInterval = 5000
 
 /**
- * Holds one page of jobs, after the job `after`, against the places a job can be in, and puts those in none back in line.
- * Returns where to go on; `undefined` at the end.
+ * Says what all processes do for each other, and takes part in it for as long as the layer lives, also in a process without
+ * a worker.
+ *
+ * **Details**
+ *
+ * Every worker takes part anyway, with the defaults. What is said here is stored, and every process goes by it from its next
+ * statement on: once the layer is built, nothing is deleted any more that it says to archive. Options that are left out
+ * change nothing. Of two processes that say different things, the one that started last has said it; that holds for
+ * each option, and each status of `retention`, by itself. What was said stays said when the process ends.
+ *
+ * Each task has a span `Maintenance.<task>` and the metrics of `Telemetry`.
+ *
+ * Fails with `JobQueueError` (`InvalidOption`) when an option is out of range, and with `SqlError`. Waits while there is no
+ * database.
+ *
+ * **Gotchas**
+ *
+ * An option that is no longer given stays as it was last given, until somebody gives another. What is stored is in the table
+ * `setting`.
+ *
+ * **Example** (Keeping what was discarded for a month, and everything in the archive)
+ *
+ * ```ts
+ * import { Layer } from "effect"
+ * import { JobQueue, Maintenance } from "effect-pgqueue"
+ *
+ * const MaintenanceLive = Maintenance.layer({
+ *   cleanup: { retention: { completed: "1 hour", discarded: "30 days" }, strategy: "archive" }
+ * }).pipe(Layer.provide(JobQueue.layer()))
+ * ```
+ *
+ * @category layers
+ * @since 0.1.0
  */
-export const auditOnce = Effect.fnUntraced(function*(
-  store: Store.Store,
-  wakeup: Wakeup.Wakeup,
-  after: string | undefined
-) {
-  const { last, misplaced } = yield* Bounded.bounded(store.audit(after, page), bound)
-  if (misplaced.length > 0) {
-    const { queues, repaired } = yield* Bounded.bounded(store.repair(misplaced), bound)
-    for (const queue of queues) wakeup.mark(queue, 0)
-    if (repaired.length > 0) {
-      yield* Metric.update(Telemetry.misplacedJobs, repaired.length)
-      yield* Effect.logError(
-        `effect-pgqueue: ${repaired.length} jobs were in no place and are back in line; this must not happen, please report it`,
-        repaired.slice(0, 10)
+export const layer = (options: Options = {}): Layer.Layer<never, JobQueueError | SqlError, JobQueue> =>
+  Layer.effectDiscard(Effect.gen(function*() {
+    const policies = yield* resolve(options)
+    const { store, wakeup } = (yield* JobQueue).internal
+    const episode = Episode.make("the maintenance policy")
+    for (const [task, policy] of policies) {
+      yield* Effect.suspend(() => store.settlePolicy(task, policy)).pipe(
+        Database.answeredWithin(Database.answerBound),
+        Effect.tapCause((cause) => episode.failed(cause)),
+        Effect.retry({ while: Database.isTransient, schedule: Database.backoff })
       )
     }
+    yield* episode.succeeded
+    const intervals = policies.flatMap(([task, { interval }]) => interval === undefined ? [] : [[task, interval]])
+    const contact = yield* Contact.watch({ store, lease, every: contactInterval })
+    yield* Bounded.fork([
+      Effect.withTracerEnabled(contact.run, false),
+      ...Tasks.loops({
+        store,
+        wakeup,
+        intervals: { ...Tasks.defaults, ...Object.fromEntries(intervals) },
+        standing: contact.standing,
+        stopping: () => false
+      })
+    ])
+  }))
+
+const names = ["rescue", "parking", "audit", "cleanup", "keys"] as const
+
+/** Checks the options and returns what they say, task by task. */
+const resolve = Effect.fnUntraced(function*(options: Options) {
+  const invalid = (message: string) => new JobQueueError({ reason: "InvalidOption", message })
+  const millis = (input: Duration.Input) =>
+    Option.match(Duration.fromInput(input), { onNone: () => NaN, onSome: Duration.toMillis })
+  const policies: Array<readonly [task: keyof Tasks.Intervals, policy: Cleanup.Policy]> = []
+  for (const name of names) {
+    const given: NonNullable<Options["cleanup"]> = options[name] ?? {}
+    const policy: { -readonly [K in keyof Cleanup.Policy]: Cleanup.Policy[K] } = {}
+    if (given.interval !== undefined) {
+      const interval = millis(given.interval)
+      if (!(interval >= 10 && interval <= 86_400_000)) {
+        return yield* invalid(`the interval of ${name} must be from 10 milliseconds to a day`)
+      }
+      policy.interval = interval
+    }
+    if (name === "cleanup" && given.strategy !== undefined) {
+      if (given.strategy !== "delete" && given.strategy !== "archive") {
+        return yield* invalid(`the strategy must be "delete" or "archive"`)
+      }
+      policy.strategy = given.strategy
+    }
+    if (name === "cleanup" && given.retention !== undefined) {
+      const { retention } = given
+      const each = isPerStatus(retention)
+        ? retention
+        : Object.fromEntries(Cleanup.endings.map((ending) => [ending, retention]))
+      const said: { [E in Cleanup.Ending]?: number } = {}
+      for (const [ending, input] of Object.entries(each)) {
+        if (!isEnding(ending)) return yield* invalid(`retention has no "${ending}"`)
+        if (input === undefined) continue
+        said[ending] = millis(input)
+        // What is no duration may count as 0, which would remove everything.
+        if (!(said[ending] > 0)) {
+          return yield* invalid(`the retention of ${ending} jobs must be a duration of more than 0`)
+        }
+      }
+      if (Object.keys(said).length > 0) policy.retention = said
+    }
+    if (Object.keys(policy).length > 0) policies.push([name, policy])
   }
-  return last
+  return policies
 })
 
-/**
- * The tasks, each to be run until it is interrupted: with jitter, so that the processes of a fleet do not work in step, and
- * apart, so that a failure of one stops no other.
- */
-export const tasks = (options: {
-  readonly store: Store.Store
-  readonly wakeup: Wakeup.Wakeup
-  readonly worker: () => string
-  /** Milliseconds. */
-  readonly interval: number
-  /** Whether this process may judge others. */
-  readonly allowed: () => boolean
-  /** Opened when this worker has been registered: there may be something to bring back. */
-  readonly unparking: Latch.Latch
-  readonly onUnparked: () => void
-}): ReadonlyArray<Effect.Effect<never>> => {
-  const { store, unparking, wakeup } = options
-  const pause = Effect.suspend(() =>
-    Effect.flatMap(Random.nextBetween(0.8, 1.2), (jitter) => Effect.sleep(options.interval * jitter))
-  )
-  const task = <E>(what: string, once: Effect.Effect<unknown, E>, wait: Effect.Effect<unknown> = pause) => {
-    const episode = Episode.make(what)
-    return Effect.andThen(wait, Effect.andThen(once, episode.succeeded)).pipe(
-      Effect.catchCause((cause) => Effect.andThen(episode.failed(cause), Effect.sleep("200 millis"))),
-      Effect.forever
-    )
-  }
-  let audited: string | undefined
-  return [
-    task("the rescue of lost jobs", Effect.suspend(() => options.allowed() ? rescueOnce(store, wakeup) : Effect.void)),
-    task("parking", Effect.suspend(() => options.allowed() ? parkOnce(store) : Effect.void)),
-    task(
-      "the audit",
-      Effect.suspend(() =>
-        options.allowed()
-          ? Effect.map(auditOnce(store, wakeup, audited), (last) => {
-            audited = last
-          })
-          : Effect.void
-      )
-    ),
-    task(
-      "bringing parked jobs back",
-      Effect.suspend(() => {
-        unparking.closeUnsafe()
-        return unparkOnce(store, wakeup, options.worker()).pipe(
-          Effect.map(options.onUnparked),
-          Effect.tapCause(() => unparking.open)
-        )
-      }),
-      // Also from time to time: somebody may have parked a job while this worker registered.
-      Effect.raceFirst(unparking.await, pause)
-    )
-  ]
-}
+const isEnding = (name: string): name is Cleanup.Ending => Cleanup.endings.some((ending) => ending === name)
+
+const parts = new Set(["weeks", "days", "hours", "minutes", "seconds", "milliseconds", "microseconds", "nanoseconds"])
+
+/** A `Duration.Input` may be an object too, with the names of its parts. One with a word misspelt is neither. */
+const isPerStatus = (retention: Duration.Input | Retention): retention is Retention =>
+  typeof retention === "object" && !Duration.isDuration(retention) && !Array.isArray(retention) &&
+  !Object.keys(retention).some((name) => parts.has(name))

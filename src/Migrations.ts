@@ -297,7 +297,9 @@ const time = (s: string): ReadonlyArray<string> => [
     name text primary key,
     ran_at timestamptz not null default '-infinity',
     position text
-  )`
+  )`,
+  // There from the start: a row that is not there cannot be locked by those who go by it.
+  `insert into ${s}.setting (name, value) values ('cleanup', '{}') on conflict (name) do nothing`
 ]
 
 const migrations: ReadonlyArray<

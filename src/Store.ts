@@ -9,6 +9,7 @@
  */
 import * as Effect from "effect/Effect"
 import type { SqlError } from "effect/sql/SqlError"
+import * as Cleanup from "./Cleanup.ts"
 import * as Database from "./Database.ts"
 import * as Insertion from "./Insertion.ts"
 import * as Inspection from "./Inspection.ts"
@@ -86,6 +87,8 @@ export interface AttemptRow {
 /** What one beat learned. `alive` is `false` when the worker's row is gone: it was declared dead. */
 export interface Beat {
   readonly alive: boolean
+  /** The database's clock, in milliseconds since the epoch; `undefined` when the worker's row is gone. */
+  readonly clock: number | undefined
   /** The worker's leases in the table, with their age in milliseconds. */
   readonly leases: ReadonlyArray<{ readonly id: string; readonly age: number }>
   /** Jobs in these leases that are marked as cancelled. */
@@ -131,6 +134,7 @@ export const make = (db: Database.Database, schema: string) => {
   const intervention = Intervention.make(db, s)
   const upkeep = Upkeep.make(db, s)
   const schedules = Schedules.make(db, s)
+  const cleanup = Cleanup.make(db, s)
 
   // One probe per lane, each with its own limit, in lane order and only as far as needed: future jobs and lower
   // priorities cost nothing. Gated on the worker's own row in front of everything (`me`), so that a process declared
@@ -184,7 +188,7 @@ export const make = (db: Database.Database, schema: string) => {
   const beatText = `with beat as (
       update ${s}.worker set beat_at = clock_timestamp() where id = $1::uuid returning id
     )
-    select 'alive' as what, b.id::text as id, 0::float8 as age from beat b
+    select 'alive' as what, b.id::text as id, ${Inspection.millis("clock_timestamp()")} as age from beat b
     union all
     select 'lease', l.id::text, ${Inspection.millis("statement_timestamp() - l.claimed_at")}
     from ${s}.lease l where l.worker = $1::uuid
@@ -202,6 +206,7 @@ export const make = (db: Database.Database, schema: string) => {
     ...inspection.verbs,
     ...intervention.verbs,
     ...upkeep.verbs,
+    ...cleanup.verbs,
 
     /** The verbs of cron schedules. */
     schedules: schedules.verbs,
@@ -386,6 +391,7 @@ export const make = (db: Database.Database, schema: string) => {
       ...inspection.texts,
       ...intervention.texts,
       ...upkeep.texts,
+      ...cleanup.texts,
       schedules: schedules.texts
     },
 
@@ -440,6 +446,7 @@ export const readBeat = (
   rows: ReadonlyArray<{ readonly what: string; readonly id: string; readonly age: number }>
 ): Beat => ({
   alive: rows.some((row) => row.what === "alive"),
+  clock: rows.find((row) => row.what === "alive")?.age,
   leases: rows.filter((row) => row.what === "lease"),
   cancelled: rows.filter((row) => row.what === "cancelled").map((row) => row.id)
 })

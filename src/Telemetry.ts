@@ -3,6 +3,7 @@
  *
  * @since 0.1.0
  */
+import type * as Duration from "effect/Duration"
 import * as Metric from "effect/Metric"
 
 /**
@@ -24,6 +25,50 @@ export const eventLoopLag: Metric.Gauge<number> = Metric.gauge("effect_pgqueue_e
 export const misplacedJobs: Metric.Counter<number> = Metric.counter("effect_pgqueue_misplaced_jobs", {
   description: "Jobs that were found in no place and put back in line",
   incremental: true
+})
+
+/**
+ * Turns of the tasks that the processes share, taken by this one. The attribute `task` of this and the next three says which:
+ * `rescue`, `parking`, `audit`, `cleanup` or `keys`.
+ *
+ * @category metrics
+ * @since 0.1.0
+ */
+export const taskRuns: Metric.Counter<number> = Metric.counter("effect_pgqueue_task_runs", {
+  description: "Turns of shared tasks that this process has taken",
+  incremental: true
+})
+
+/**
+ * Turns that failed. What they have left is done by the next one.
+ *
+ * @category metrics
+ * @since 0.1.0
+ */
+export const taskFailures: Metric.Counter<number> = Metric.counter("effect_pgqueue_task_failures", {
+  description: "Turns of shared tasks that failed",
+  incremental: true
+})
+
+/**
+ * Jobs that were rescued, parked or found in no place, finished jobs and unique keys that were removed.
+ *
+ * @category metrics
+ * @since 0.1.0
+ */
+export const taskRows: Metric.Counter<number> = Metric.counter("effect_pgqueue_task_rows", {
+  description: "Rows that shared tasks have dealt with",
+  incremental: true
+})
+
+/**
+ * How long turns that succeeded took, in milliseconds.
+ *
+ * @category metrics
+ * @since 0.1.0
+ */
+export const taskDuration: Metric.Histogram<Duration.Duration> = Metric.timer("effect_pgqueue_task_duration", {
+  description: "How long turns of shared tasks took"
 })
 
 /**

@@ -3,23 +3,43 @@
  *
  * @since 0.1.0
  */
+import * as Context from "effect/Context"
 import * as Effect from "effect/Effect"
+import * as Semaphore from "effect/Semaphore"
 import type { SqlError } from "effect/sql/SqlError"
+import { clockTolerance, type Standing } from "./Contact.ts"
 import * as Database from "./Database.ts"
 import { impatiently } from "./Intervention.ts"
 
+/** How long a statement of upkeep may take, in milliseconds; who waits for it waits longer. */
+const statementTimeout = 20_000
+
+/** With these, what is oldest is read in the order of an index, however much or little the statistics make of it. */
+const inOrder = { enable_sort: "off", enable_bitmapscan: "off", enable_seqscan: "off" }
+
 /** The first lane of parked jobs: those of kinds that no live worker lists wait in 200 + priority. */
 const parkedLane = 200
+/** For how long one has to have watched a worker with a longer lease than this, in milliseconds. */
+const longestWatch = 600_000
+
 const parkedLanes = [0, 1, 2, 3, 4, 5, 6, 7, 8, 9].map((priority) => parkedLane + priority)
 
 /**
  * Builds the statements for one quoted schema.
  */
 const statements = (s: string) => {
-  // Skipped when locked and judged again after a lock was waited for: a late beat wins or loses cleanly.
+  // Skipped when locked and judged again after a lock was waited for: a late beat wins or loses cleanly. Not at all when the
+  // clock is not where whoever judges expects it: after a step forward everybody looks dead. Nor by one who has watched for
+  // less than the lease: whoever lives has had the time to beat since the clock was last moved. Then a beat in the future is
+  // from before it went back, and so may be the start of the server.
   const reap = `delete from ${s}.worker where id = any (array(
       select w.id from ${s}.worker w
-      where greatest(w.beat_at, pg_postmaster_start_time()) < clock_timestamp() - w.lease_ms * interval '1 millisecond'
+      where case when $1::text = '' then true
+          else abs(extract(epoch from clock_timestamp()) * 1000 - $1::float8) <= ${clockTolerance} end
+        and case when $2::text = '' then true else least(w.lease_ms, ${longestWatch}) <= $2::float8 end
+        and (w.beat_at > clock_timestamp() + w.lease_ms * interval '1 millisecond' or greatest(
+          w.beat_at, case when pg_postmaster_start_time() <= clock_timestamp() then pg_postmaster_start_time() end
+        ) < clock_timestamp() - w.lease_ms * interval '1 millisecond')
       order by w.id for update skip locked))
     returning id::text as id`
 
@@ -124,7 +144,9 @@ const statements = (s: string) => {
     )
     select array_to_string(array_agg(id), ',') as repaired, json_agg(distinct queue)::text as queues from back`
 
-  return { reap, park, unpark, audit, lockMisplaced, repair }
+  const bound = "select set_config(name, value, true) from unnest($1::text[], $2::text[]) as s(name, value)"
+
+  return { bound, reap, park, unpark, audit, lockMisplaced, repair }
 }
 
 /**
@@ -133,18 +155,49 @@ const statements = (s: string) => {
 export const make = (db: Database.Database, s: string) => {
   const texts = statements(s)
   const run = (text: string, params: ReadonlyArray<unknown>) => db.own.unsafe<any>(text, params).unprepared
+  // All together are not to take the queue's whole pool.
+  const turns = Semaphore.makeUnsafe(2)
+  // What was started inside a transaction of the application goes on after it.
+  const outside = Context.omit(db.own.transactionService)
 
   const verbs = {
     /**
-     * Deletes workers that have not been heard of for their lease time.
+     * Runs statements of upkeep in a transaction of the queue's own, where the server gives up each after `timeout`
+     * milliseconds, 20 s by default, and waiting for a lock after 5 s. Two at once.
      */
-    reapWorkers: (): Effect.Effect<ReadonlyArray<{ readonly id: string }>, SqlError> => db.query(texts.reap, []),
+    apart: <A, E>(
+      self: Effect.Effect<A, E>,
+      options: { readonly timeout?: number | undefined; readonly inOrder?: boolean } = {}
+    ): Effect.Effect<A, E | SqlError> => {
+      const settings = {
+        statement_timeout: String(options.timeout ?? statementTimeout),
+        lock_timeout: "5000",
+        // A process that is frozen before it commits must not keep what it has locked from the one that comes next.
+        idle_in_transaction_session_timeout: "2000",
+        ...(options.inOrder === true ? inOrder : {})
+      }
+      const transaction: Effect.Effect<A, E | SqlError> = Effect.updateContext(
+        Database.transaction(
+          db.own,
+          Effect.andThen(run(texts.bound, [Object.keys(settings), Object.values(settings)]), self)
+        ),
+        outside
+      )
+      return Semaphore.withPermit(turns, transaction)
+    },
+
+    /**
+     * Deletes workers that have not been heard of for their lease time; none, when the database's clock is not where it is
+     * expected, and only those with a lease as long as they have been watched.
+     */
+    reapWorkers: (standing?: Standing): Effect.Effect<ReadonlyArray<{ readonly id: string }>, SqlError> =>
+      db.query(texts.reap, standing === undefined ? ["", ""] : [String(standing.clock), String(standing.watched)]),
 
     /**
      * Parks jobs of kinds that no live worker lists: of each lane those among the first `limit` due ones. Returns how many.
      */
     park: (lanes: ReadonlyArray<number>, limit: number): Effect.Effect<number, SqlError> =>
-      Effect.map(db.query<any>(texts.park, [lanes, limit]), ([row]) => row.count),
+      Effect.map(run(texts.park, [lanes, limit]), ([row]) => row.count),
 
     /**
      * Brings parked jobs back that this worker lists, `limit` of a lane at most.
@@ -165,7 +218,7 @@ export const make = (db: Database.Database, s: string) => {
       after: string | undefined,
       limit: number
     ): Effect.Effect<{ readonly last: string | undefined; readonly misplaced: ReadonlyArray<string> }, SqlError> =>
-      Effect.map(db.query<any>(texts.audit, [after ?? Database.firstId, limit]), ([row]) => ({
+      Effect.map(run(texts.audit, [after ?? Database.firstId, limit]), ([row]) => ({
         last: row.last ?? undefined,
         misplaced: Database.idsOf(row.misplaced)
       })),

@@ -10,6 +10,8 @@ export * as Admin from "./Admin.ts"
 export * as Job from "./Job.ts"
 /** The service producers use, and its layer. */
 export { JobQueue, JobQueueError, type Options as JobQueueOptions, type Stats } from "./JobQueue.ts"
+/** What the processes do for all of them, and how long finished jobs are kept. */
+export * as Maintenance from "./Maintenance.ts"
 /** Runs the jobs of one process. */
 export * as Worker from "./Worker.ts"
 /** What the queue measures of itself. */

@@ -96,6 +96,7 @@ const sqlFiles = [
   "Intervention.ts",
   "Upkeep.ts",
   "Schedules.ts",
+  "Cleanup.ts",
   "Migrations.ts"
 ]
 /** Runs the texts of the others, holds none. */

@@ -5,6 +5,7 @@
 import { assert, layer } from "@effect/vitest"
 import { Effect } from "effect"
 import { SqlClient } from "effect/sql"
+import * as Cleanup from "../src/Cleanup.ts"
 import * as Database from "../src/Database.ts"
 import * as Migrations from "../src/Migrations.ts"
 import * as Settlement from "../src/Settlement.ts"
@@ -79,6 +80,19 @@ const open = Effect.fnUntraced(function*(schema: string) {
       ([row]) => row!["QUERY PLAN"][0]!.Plan
     )
 
+  /** As statements of the cleanup are planned. */
+  const explainInOrder = (text: string, params: ReadonlyArray<unknown>, options = "verbose") =>
+    store.apart(
+      Effect.map(
+        db.own.unsafe<{ "QUERY PLAN": ReadonlyArray<{ Plan: Plan }> }>(
+          `explain (format json, ${options}) ${text.replaceAll("$schema", schema)}`,
+          params
+        ).unprepared,
+        ([row]) => row!["QUERY PLAN"][0]!.Plan
+      ),
+      { inOrder: true }
+    )
+
   const lanes = [2, 5, 8, 102, 105]
   const me = uuid()
   yield* store.register({ id: me, name: "plans", queues: ["default"], kinds: ["k"], prefixes: [], lease: 30_000 })
@@ -114,7 +128,7 @@ const open = Effect.fnUntraced(function*(schema: string) {
     assert.strictEqual(all.length, size)
     return all
   })
-  return { schema, me, store, query, analyze, fill, explain, claimParams, lanes, settlement }
+  return { schema, me, store, query, analyze, fill, explain, explainInOrder, claimParams, lanes, settlement }
 })
 
 type Filled = Effect.Success<ReturnType<typeof open>>
@@ -156,7 +170,7 @@ const look = Effect.fnUntraced(function*(at: Filled) {
   yield* explain("release", texts.release, [at.me, [...new Set(entries.map((one) => one.lease))]])
   yield* explain("beat", texts.beat, [at.me])
   yield* explain("look", texts.look, [["default", "nothing"], at.lanes, ["10000000000000", "20"]])
-  yield* explain("reap", texts.reap, [])
+  yield* explain("reap", texts.reap, ["", ""])
 
   const idsOf = (table: string, count: number) =>
     Effect.map(
@@ -189,6 +203,11 @@ const look = Effect.fnUntraced(function*(at: Filled) {
   yield* explain("park", texts.park, parkParams)
   yield* explain("unpark", texts.unpark, [at.me, parkedLanes, 2000])
   yield* explain("audit", texts.audit, [firstId, 5000])
+  yield* explain("take", texts.take, ["cleanup", 1000])
+  for (const ending of Cleanup.endings) {
+    plans[`prune of ${ending}`] = yield* at.explainInOrder(texts.prune, [ending, 1000, "-1"])
+  }
+  plans["expire"] = yield* at.explainInOrder(texts.expire, [1000, "-1"])
 
   for (const [name, plan] of Object.entries(plans)) {
     const nodes = nodesOf(plan)
@@ -217,6 +236,11 @@ const look = Effect.fnUntraced(function*(at: Filled) {
         } else if (name.startsWith("discarded")) {
           // In order, or all of the discarded and sorted when there seem to be few; never the others.
           assert.match(condition(node), /status = .*finished_at/, where)
+        } else if (name.startsWith("prune") && table === "finished") {
+          assert.strictEqual(node["Node Type"], "Index Scan", where)
+          assert.match(condition(node), /status = .*finished_at >= .*finished_at < /, where)
+        } else if (name === "expire" && /expires_at/.test(condition(node))) {
+          assert.match(condition(node), /expires_at >= .*expires_at <= statement_timestamp/, where)
         } else if (name === "audit" && table === "job") {
           assert.match(condition(node), /\bid > /, where)
         } else {
@@ -309,6 +333,10 @@ const bounded = Effect.fnUntraced(function*(at: Filled, fresh: boolean) {
       const page = [kind, null, "-1", firstId, "4000000000000000", 500]
       assert.isBelow(yield* reading(at.store.texts.discarded, page), 2000, "buffers of a page of the discarded")
     }
+  }
+  for (const ending of Cleanup.endings) {
+    const prune = yield* at.explainInOrder(at.store.texts.prune, [ending, 1000, "-1"], "analyze, buffers, timing off")
+    assert.isBelow(reads(prune), 1000, `buffers of a look for ${ending} jobs past their retention`)
   }
   // One probe of the line for each job.
   assert.isBelow(yield* reading(at.store.texts.audit, [firstId, 5000]), 50_000, "buffers of an audit of 5 000")

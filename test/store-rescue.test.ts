@@ -1,7 +1,7 @@
 /** Beat, reap and rescue: who is alive, and how the jobs of the dead come back. */
 import { assert, layer } from "@effect/vitest"
 import { Effect } from "effect"
-import * as Maintenance from "../src/Maintenance.ts"
+import * as Tasks from "../src/Tasks.ts"
 import type * as Wakeup from "../src/Wakeup.ts"
 import {
   beat,
@@ -71,10 +71,10 @@ layer(Storage.layer, { excludeTestServices: true })("rescue", (it) => {
         subscribe: () => Effect.void,
         listen: Effect.never
       }
-      assert.strictEqual(yield* Maintenance.rescueOnce(store, deaf), 1)
+      assert.strictEqual(yield* Tasks.rescueOnce(store, deaf), 1)
       assert.deepInclude(yield* stateOf(held[10]!.ids[0]!), { place: "ready", rescued: 1 })
       yield* stranger.query("commit")
-      assert.strictEqual(yield* Maintenance.rescueOnce(store, deaf), 10)
+      assert.strictEqual(yield* Tasks.rescueOnce(store, deaf), 10)
     }))
   )
 

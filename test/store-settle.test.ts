@@ -383,7 +383,7 @@ layer(Storage.layer, { excludeTestServices: true })("settle", (it) => {
       assert.deepStrictEqual((yield* claim(held.worker)).ids, [])
       assert.strictEqual(yield* leases, 0)
       const heard = yield* beat(held.worker)
-      assert.deepStrictEqual(heard, { alive: false, leases: [], cancelled: [] })
+      assert.deepStrictEqual(heard, { alive: false, clock: undefined, leases: [], cancelled: [] })
     }))
   )
 

@@ -398,7 +398,7 @@ describe.each(zones)("%s", (zone) => {
         continue
       }
       const perYear = Ticks.between(ticks, Date.UTC(2026, 0, 1), Date.UTC(2027, 0, 1), 400).length
-        const years = perYear < (long ? 2000 : 20) ? 7 : perYear < 400 ? 0.5 : 0.05
+      const years = perYear < (long ? 2000 : 20) ? 7 : perYear < 400 ? 0.5 : 0.05
       const length = years * 365 * day
       const from = years === 7 ? begin : begin + Math.floor(((n * 37 + zone.length * 11) % 100) / 100 * 5.5 * 365) * day
       const to = Math.min(end, from + length)
