@@ -60,6 +60,8 @@ export const make = Effect.fnUntraced(function*(options: {
   const dry = new Map<string, { readonly since: number; readonly sentAt: number }>()
   const episode = Episode.make("looking for jobs")
   let lookedAt = -Infinity
+  /** How much longer a look may be under way than the claim before it was, and miss nothing. */
+  let margin = settleDown
   const poke = Latch.makeUnsafe(false)
 
   const dueIn = (queue: string, delay: number): void => {
@@ -77,12 +79,19 @@ export const make = Effect.fnUntraced(function*(options: {
     lookedAt = at
     // A poll asks for whatever is due. After a queue has run dry only what became due since that claim was sent is news:
     // the rest is not for this worker, and claiming again for it would be a busy loop.
-    const news = names.map((name) => polls ? Store.everything : at - (dry.get(name)?.sentAt ?? at))
+    // The look is under way for a while, too, and what becomes due between the two moments at which claim and look reach
+    // the server must not fall through.
+    const news = names.map((name) => polls ? Store.everything : at - (dry.get(name)?.sentAt ?? at) + margin)
     const looked = yield* Bounded.bounded(options.store.look(names, Line.everyLane, news), lookBound)
+    const took = now() - at
+    // It came later than was allowed for: nobody knows what it has missed.
+    const doubtful = !polls && took > margin
     for (const { due, queue, wait } of looked) {
       if (wait !== null) dueIn(queue, Math.max(0, wait))
-      if (due) options.onDue(queue)
+      if (due || (doubtful && dry.has(queue))) options.onDue(queue)
     }
+    // On a slow link every look is late, and must not lead to a claim each time.
+    margin = Math.max(settleDown, 2 * took)
     yield* episode.succeeded
   })
 
