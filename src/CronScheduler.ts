@@ -486,7 +486,8 @@ export interface Info {
   readonly undeclaredAt: Option.Option<DateTime.Utc>
 }
 
-const time = (millis: number | null) => Option.map(Option.fromNullOr(millis), (at) => DateTime.makeUnsafe(at))
+/** What somebody has written by hand may be no time that a `DateTime` can hold. */
+const time = (millis: number | null) => Option.flatMap(Option.fromNullOr(millis), (at) => DateTime.make(at))
 
 /**
  * Reads all schedules of the queue, by name.

@@ -143,7 +143,9 @@ export const mostWaiting = 10_000
 /** How long a statement waits for a transaction that has taken a key or an id of its jobs and not ended, in milliseconds. */
 const patience = 1000
 
-const micros = (column: string) => `coalesce((extract(epoch from ${column}) * 1000000)::int8::text, '')`
+/** A time as it must still be; also one without end, which somebody may have written by hand. */
+const micros = (column: string) =>
+  `coalesce(case when pg_catalog.isfinite(${column}) then (extract(epoch from ${column}) * 1000000)::int8::text else ${column}::text end, '')`
 const instant = (millis: string) => `timestamptz 'epoch' + ${millis}::float8 * interval '1 millisecond'`
 
 /**
@@ -185,27 +187,34 @@ const statements = (s: string) => {
   const checked =
     `${s}.refuse_finished(coalesce((select pg_catalog.array_agg(id) from inserted), '{}'), 0)::text as checked`
 
-  // `busy`: the job of an earlier tick has not ended, or ticks wait for it already.
+  // `busy`: the job of an earlier tick has not ended, or ticks wait for it already. A tick that waits already, or has had its
+  // job, does not begin to wait: that job may be forgotten by the time it would be its turn.
   const ticks = `ticks as materialized (
-      select t.name, t.at, ${s}.tick_id(t.name, t.at) as id, m.busy, m.heeded, m.jitter_ms,
-        pg_catalog.row_number() over (partition by t.name order by t.at) as n
-      from (select i.name, ${
+      select t.*, t.heeded = 'queue' and (t.n > 1 or t.busy) and not exists (select 1 from ${s}.finished f where f.id = t.id offset 0)
+        and not exists (select 1 from ${s}.job j where j.id = t.id offset 0) as waits
+      from (
+        select t.name, t.at, ${s}.tick_id(t.name, t.at) as id, m.busy, m.heeded, m.jitter_ms,
+          pg_catalog.row_number() over (partition by t.name order by t.at) as n
+        from (select i.name, ${
     instant("i.at")
   } as at from unnest($1::text[], $2::text[]) as i(name, at)) t join mine m using (name)
+      ) t
     ), wanted as materialized (
       select name, at, id, pg_catalog.random() * jitter_ms as spread from ticks where heeded = 'allow' or (n = 1 and not busy)
     ), delayed as materialized (
-      select name, pg_catalog.array_agg(at order by at) as ats from ticks where heeded = 'queue' and (n > 1 or busy) group by name
+      select name, pg_catalog.array_agg(at order by at) as ats from (
+        select name, at from ticks where waits except select m.name, w.at from mine m cross join lateral pg_catalog.unnest(m.waiting) as w(at)
+      ) d group by name
     )`
   const busy = `case when s.overlap = 'allow' then false
       else pg_catalog.cardinality(s.waiting) > 0 or exists (select 1 from ${s}.job j where j.id = s.last_job) end as busy`
   const report = `select coalesce(pg_catalog.json_agg(r)::text, '[]') as fired, ${checked} from (
       select m.name, m.queue, pg_catalog.count(i.id)::int4 as enqueued,
-        (case when m.heeded = 'queue' then pg_catalog.count(t.id) filter (where t.n > 1 or m.busy) else 0 end)::int4 as waiting,
-        pg_catalog.count(t.id) filter (where i.id is null and (m.heeded <> 'queue' or t.n = 1 and not m.busy))::int4 as skipped,
+        pg_catalog.count(t.id) filter (where t.waits)::int4 as waiting,
+        pg_catalog.count(t.id) filter (where i.id is null and not t.waits)::int4 as skipped,
         coalesce(pg_catalog.min(${millis("i.run_at - clock.now")}), 0) as delay
       from mine m cross join clock left join ticks t using (name) left join inserted i on i.id = t.id
-      group by m.name, m.queue, m.heeded, m.busy
+      group by m.name, m.queue
     ) r`
   const waiting = `(s.waiting || coalesce(d.ats, '{}'))[1:${mostWaiting}]`
 
@@ -279,26 +288,36 @@ const statements = (s: string) => {
     millis("next_at - clock_timestamp()")
   } from ${s}.schedule where next_at is not null order by next_at limit 1) as wait,
       exists (select 1 from ${s}.schedule where next_at is null and paused_at is null and problem is null) as unset,
-      (select json_agg(json_build_object('name', w.name, 'job', w.last_job, 'free', not exists (select 1 from ${s}.job j where j.id = w.last_job)))::text
-        from (select name, last_job from ${s}.schedule where cardinality(waiting) > 0 and paused_at is null and problem is null order by name limit 1000) w
+      (select json_agg(json_build_object('name', w.name, 'job', w.last_job, 'free', w.free))::text
+        from (
+          select name, last_job, not exists (select 1 from ${s}.job j where j.id = s.last_job) as free from ${s}.schedule s
+          where cardinality(waiting) > 0 and paused_at is null and problem is null order by free desc, name limit 1000
+        ) w
       ) as waiting`
 
-  // Those that nobody has computed yet come first. Then in pages, because rows that somebody has locked must hide no others.
+  // Those that nobody has computed yet come first. In pages, because rows that somebody has locked must hide no others.
   const due = `select name, spec, time_zone, ${millis("next_at")} as due, ${millis("previous_at")} as previous,
       missed, missed_window_ms::float8 as missed_window_ms, ${millis("statement_timestamp()")} as now,
       unique_key is not null as keyed, ${micros("next_at")} as next_at, ${
     micros("updated_at")
   } as updated_at, last_job::text as last_job
     from (
-      (select * from ${s}.schedule where $3::boolean and next_at is null and paused_at is null and problem is null limit $4::int4)
+      (select * from ${s}.schedule
+        where $3::boolean and next_at is null and paused_at is null and problem is null and name > $2::text collate "C"
+        order by name limit $4::int4)
       union all
       (select * from ${s}.schedule
-        where next_at <= statement_timestamp() and (next_at, name) > (timestamptz 'epoch' + $1::int8 * interval '1 microsecond', $2::text collate "C")
+        where next_at <= statement_timestamp()
+          and ($3::boolean or (next_at, name) > (timestamptz 'epoch' + $1::int8 * interval '1 microsecond', $2::text collate "C"))
         order by next_at, name limit $4::int4)
-    ) s`
+    ) s order by s.next_at nulls first, s.name limit $4::int4`
 
   const disable = `update ${s}.schedule set problem = $3::text, next_at = null
-    where name = $1::text and $2::text in ('', ${micros("updated_at")}) and problem is null`
+    where name = (
+      select name from ${s}.schedule where name = $1::text and $2::text in ('', ${
+    micros("updated_at")
+  }) and problem is null
+      for update skip locked)`
 
   const definition =
     "spec, time_zone, kind, queue, priority, max_attempts, timeout_ms, payload, metadata, missed, missed_window_ms, overlap, jitter_ms, unique_key, unique_until, unique_period_ms, version"
@@ -307,7 +326,8 @@ const statements = (s: string) => {
     definition.split(", ").map((column) => `${row}.${column}${/payload|metadata/.test(column) ? "::text" : ""}`).join(
       ", "
     )
-  // In the order of their names, so that two processes that start cannot deadlock. A schedule that keeps its times keeps its
+  // In the order of their names, so that two processes that start cannot deadlock, and only those that differ, so that nobody
+  // waits for one that stays as it is. A schedule that keeps its times keeps its
   // next tick, also one that is overdue; one that changes them has none before the last one that it had.
   const register = `with input as materialized (
       select i.name, i.spec, i.time_zone, i.kind, i.queue, i.priority, i.max_attempts, nullif(i.timeout_ms, '')::int8 as timeout_ms,
@@ -320,7 +340,13 @@ const statements = (s: string) => {
           jitter_ms, unique_key, unique_until, unique_period_ms, version, next)
     ), written as (
       insert into ${s}.schedule as s (name, ${definition}, next_at, declared_at)
-      select name, ${definition}, next_at, case when $20::boolean then pg_catalog.clock_timestamp() end from input order by name
+      select name, ${definition}, next_at, case when $20::boolean then pg_catalog.clock_timestamp() end from input i
+      where not exists (
+        select 1 from ${s}.schedule s where s.name = i.name
+          and (s.version > i.version or s.problem is null and (${compared("s")}) is not distinct from (${
+    compared("i")
+  })))
+      order by name
       on conflict (name) do update set
         ${definition.split(", ").map((column) => `${column} = excluded.${column}`).join(", ")},
         next_at = case
@@ -455,8 +481,8 @@ export const make = (db: Database.Database, s: string) => {
       })),
 
     /**
-     * Reads up to `limit` due schedules, in the order of their ticks and after the row `after`; without it, those too whose
-     * next tick nobody has computed.
+     * Reads up to `limit` due schedules after the row `after`: those whose next tick nobody has computed, then the others in
+     * the order of their ticks.
      */
     due: (
       limit: number,
@@ -465,7 +491,7 @@ export const make = (db: Database.Database, s: string) => {
       db.query<DueRow>(texts.due, [
         after === undefined || after.next_at === "" ? "0" : after.next_at,
         after?.name ?? "",
-        after === undefined,
+        after === undefined || after.next_at === "",
         limit
       ]),
 
@@ -582,10 +608,13 @@ export const make = (db: Database.Database, s: string) => {
     > =>
       together(
         inUserTransaction,
-        Effect.andThen(
-          run(inUserTransaction, texts.expire, [[name]]),
-          Effect.map(run(inUserTransaction, texts.trigger, [name, id]), ([row]) => row)
-        )
+        Effect.gen(function*() {
+          // First, so that what follows sees the job of a tick that was fired meanwhile.
+          yield* run(inUserTransaction, texts.one, [name])
+          yield* run(inUserTransaction, texts.expire, [[name]])
+          const [row] = yield* run(inUserTransaction, texts.trigger, [name, id])
+          return row
+        })
       ),
 
     /**
