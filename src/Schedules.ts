@@ -141,7 +141,7 @@ export interface OneRow {
 export const mostWaiting = 10_000
 
 /** How long a statement waits for a transaction that has taken a key or an id of its jobs and not ended, in milliseconds. */
-const patience = 1000
+const patience = 200
 
 /** A time as it must still be; also one without end, which somebody may have written by hand. */
 const micros = (column: string) =>

@@ -4,6 +4,7 @@
  *
  * @since 0.1.0
  */
+import * as Clock from "effect/Clock"
 import * as Effect from "effect/Effect"
 import * as Latch from "effect/Latch"
 import * as Metric from "effect/Metric"
@@ -28,6 +29,9 @@ const bound = 15_000
 
 /** How long to wait, in milliseconds, when all that is due is in somebody's hands. */
 const elsewhere = 50
+
+/** How long, in milliseconds, a schedule is let alone whose key a stranger's transaction has taken. */
+const letAlone = 2000
 
 /** How many expressions are kept as they were read. */
 const mostKept = 20_000
@@ -66,6 +70,7 @@ export const make = Effect.fnUntraced(function*(options: {
   readonly declared: ReadonlyArray<string>
 }) {
   const { store, wakeup } = options
+  const clock = yield* Clock.Clock
   const read = reader()
   const poke = Latch.makeUnsafe(false)
   /** The jobs that ticks wait for. */
@@ -87,7 +92,7 @@ export const make = Effect.fnUntraced(function*(options: {
    * Writes schedules, together if possible: one that cannot be written stops, one whose key or id somebody has locked is left
    * for later, and neither keeps the others from it.
    */
-  const apart = <A, B>(
+  const apart = <A extends { readonly name: string }, B>(
     all: ReadonlyArray<A>,
     write: (some: ReadonlyArray<A>) => Effect.Effect<ReadonlyArray<B>, SqlError>,
     onFault: (one: A, problem: string) => Effect.Effect<void, SqlError | Bounded.TimedOut>
@@ -104,66 +109,132 @@ export const make = Effect.fnUntraced(function*(options: {
             (left, right) => [...left, ...right]
           )
         }
-        return Effect.as(Database.isLockTimeout(error) ? Effect.void : onFault(all[0]!, Database.describe(error)), [])
+        if (!Database.isLockTimeout(error)) return Effect.as(onFault(all[0]!, Database.describe(error)), [])
+        held.set(all[0]!.name, Bounded.monotonic(clock) + letAlone)
+        return Effect.succeed([])
       }
     )
 
-  /** Works out one page and has it written. Returns how many were there and how many of them were this process's. */
+  /** Schedules whose key a stranger's transaction has taken, and until when they are let alone. */
+  const held = new Map<string, number>()
+  const isHeld = (name: string) => (held.get(name) ?? 0) > Bounded.monotonic(clock)
+
+  /**
+   * What strangers can hold up goes beside the loop, a page at a time: their keys. Those that were held up go one by one, so
+   * that the others need not be taken apart again.
+   */
+  const beside = <A extends { readonly name: string }>(
+    what: string,
+    write: (some: ReadonlyArray<A>) => Effect.Effect<void, SqlError | Bounded.TimedOut>
+  ) => {
+    const all = new Map<string, A>()
+    const there = Latch.makeUnsafe(false)
+    const episode = Episode.make(what)
+    const loop = Effect.gen(function*() {
+      yield* there.await
+      there.closeUnsafe()
+      while (all.size > 0) {
+        const some = [...all.values()].slice(0, page)
+        yield* Bounded.bounded(store.schedules.expireKeys(some.map(({ name }) => name)), bound)
+        yield* write(some.filter(({ name }) => !held.has(name)))
+        for (const one of some.filter(({ name }) => held.has(name) && !isHeld(name))) {
+          held.delete(one.name)
+          yield* write([one])
+        }
+        for (const { name } of some) all.delete(name)
+      }
+      yield* episode.succeeded
+    }).pipe(
+      Effect.ensuring(Effect.sync(() => {
+        // What could not be written is still due.
+        all.clear()
+        poke.openUnsafe()
+      })),
+      Effect.catchCause((cause) => Effect.andThen(episode.failed(cause), Effect.sleep("200 millis"))),
+      Effect.forever
+    )
+    return {
+      loop,
+      has: (name: string) => all.has(name) || isHeld(name),
+      add: (one: A) => {
+        all.set(one.name, one)
+        there.openUnsafe()
+      }
+    }
+  }
+
+  /** What to do with a row; or why nothing can be, also when somebody has written what no calendar knows. */
+  const planOf = (row: Schedules.DueRow): Result.Result<Missed.Plan, string> =>
+    Result.flatMap(read(row.spec, row.time_zone, row.now), (ticks) =>
+      Result.try({
+        try: () => Missed.plan(ticks, { ...row, missedWindow: row.missed_window_ms }),
+        catch: (error) => `its next tick cannot be computed: ${String(error)}`
+      }))
+
+  interface Planned extends Schedules.Advance {
+    readonly name: string
+    readonly missed: boolean
+  }
+
+  /** Has schedules written, and returns how many of them were this process's to fire. */
+  const write = Effect.fnUntraced(function*(some: ReadonlyArray<Planned>) {
+    const planned = new Map(some.map((one) => [one.name, one]))
+    const written = yield* apart(
+      some,
+      store.schedules.fire,
+      ({ name, row }, problem) => disable(name, row.updated_at, problem)
+    )
+    for (const one of written) {
+      const { missed, row, ticks } = planned.get(one.name)!
+      if (row.due !== null) yield* Metric.update(Telemetry.tickLateness, Math.max(0, row.now - row.due))
+      if (missed) {
+        yield* Effect.logInfo(
+          `effect-pgqueue: the schedule "${one.name}" is late; ${ticks.length} missed ticks are made up`
+        )
+      }
+      yield* Metric.update(Telemetry.enqueuedTicks, one.enqueued)
+      if (one.enqueued > 0) wakeup.mark(one.queue, one.delay)
+      if (one.skipped > 0) {
+        yield* Metric.update(Telemetry.skippedTicks, one.skipped)
+        yield* Effect.logDebug(`effect-pgqueue: ${one.skipped} ticks of the schedule "${one.name}" are skipped`)
+      }
+    }
+    return written.length
+  })
+
+  const keyed = beside<Planned>("firing schedules with a unique key", (some) => Effect.asVoid(write(some)))
+  const following = beside<Schedules.Look["waiting"][number]>("enqueueing ticks that waited", (some) =>
+    Effect.map(
+      apart(some, store.schedules.follow, ({ name }, problem) => disable(name, undefined, problem)),
+      (queues) => {
+        for (const queue of queues) wakeup.mark(queue, 0)
+      }
+    ))
+
+  /** Works out one page and has it written. Returns how many of them were this process's, but for those with a key. */
   const advance = Effect.fnUntraced(function*(rows: ReadonlyArray<Schedules.DueRow>) {
-    const advances: Array<Schedules.Advance> = []
-    const planned = new Map<string, { readonly row: Schedules.DueRow; readonly plan: Missed.Plan }>()
+    const plain: Array<Planned> = []
     for (const row of rows) {
-      const ticks = read(row.spec, row.time_zone, row.now)
-      if (Result.isFailure(ticks)) {
-        yield* disable(row.name, row.updated_at, ticks.failure)
+      if (row.keyed && keyed.has(row.name)) continue
+      const found = planOf(row)
+      if (Result.isFailure(found)) {
+        yield* disable(row.name, row.updated_at, found.failure)
         continue
       }
-      const plan = Missed.plan(ticks.success, { ...row, missedWindow: row.missed_window_ms })
-      if (plan.next === undefined && plan.ticks.length === 0) yield* disable(row.name, row.updated_at, over)
-      else advances.push({ row, ticks: plan.ticks, previous: plan.previous, next: plan.next })
-      planned.set(row.name, { row, plan })
+      const { missed, next, previous, ticks } = found.success
+      const planned = { name: row.name, row, ticks, previous, next, missed }
+      if (next === undefined && ticks.length === 0) yield* disable(row.name, row.updated_at, over)
+      else if (row.keyed) keyed.add(planned)
+      else plain.push(planned)
     }
-    // Keys can be held by strangers: those go apart, so that nobody else waits for them.
-    const [keyed, plain] = [advances.filter(({ row }) => row.keyed), advances.filter(({ row }) => !row.keyed)]
-    if (keyed.length > 0) yield* Bounded.bounded(store.schedules.expireKeys(keyed.map(({ row }) => row.name)), bound)
-    let fired = 0
-    for (const group of [plain, keyed]) {
-      const written = yield* apart(
-        group,
-        store.schedules.fire,
-        ({ row }, problem) => disable(row.name, row.updated_at, problem)
-      )
-      for (const one of written) {
-        fired++
-        const { plan, row } = planned.get(one.name)!
-        if (row.due !== null) yield* Metric.update(Telemetry.tickLateness, Math.max(0, row.now - row.due))
-        if (plan.missed) {
-          yield* Effect.logInfo(
-            `effect-pgqueue: the schedule "${one.name}" is late; ${plan.ticks.length} missed ticks are made up`
-          )
-        }
-        yield* Metric.update(Telemetry.enqueuedTicks, one.enqueued)
-        if (one.enqueued > 0) wakeup.mark(one.queue, one.delay)
-        if (one.skipped > 0) {
-          yield* Metric.update(Telemetry.skippedTicks, one.skipped)
-          yield* Effect.logDebug(`effect-pgqueue: ${one.skipped} ticks of the schedule "${one.name}" are skipped`)
-        }
-      }
-    }
-    return fired
+    return yield* write(plain)
   })
 
   const round = Effect.gen(function*() {
     poke.closeUnsafe()
     const look = yield* Bounded.bounded(store.schedules.look(), bound)
     awaited = new Set(look.waiting.flatMap(({ free, job }) => free || job === null ? [] : [job]))
-    const free = look.waiting.filter(({ free }) => free)
-    const followed = yield* apart(
-      free,
-      store.schedules.follow,
-      ({ name }, problem) => disable(name, undefined, problem)
-    )
-    for (const queue of followed) wakeup.mark(queue, 0)
+    for (const one of look.waiting) if (one.free && !following.has(one.name)) following.add(one)
     if (!look.unset && (look.wait ?? 1) > 0) return look.wait
     let after: Schedules.DueRow | undefined
     let all = 0
@@ -218,5 +289,5 @@ export const make = Effect.fnUntraced(function*(options: {
     Effect.forever
   )
 
-  return [fires, marks]
+  return [fires, keyed.loop, following.loop, marks]
 })

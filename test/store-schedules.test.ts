@@ -712,7 +712,6 @@ layer(Storage.layer, { excludeTestServices: true })("schedules", (it) => {
   it.effect(
     "a key that a stranger's transaction has taken holds a tick up for no longer than a second",
     rule(Effect.gen(function*() {
-      const { store } = yield* Storage
       yield* register({ uniqueKey: "key" })
       const stranger = yield* session
       yield* stranger.query("begin")
@@ -827,7 +826,6 @@ layer(Storage.layer, { excludeTestServices: true })("schedules", (it) => {
   it.effect(
     "what has not changed is not written, and nobody is waited for",
     rule(Effect.gen(function*() {
-      const { store } = yield* Storage
       yield* register({}, { name: "t", overlap: "skip", uniqueKey: "key", timeout: 5 })
       const before = [yield* stored("s"), yield* stored("t")]
       const later = [{ next: tick(7) }, {
@@ -1187,7 +1185,7 @@ layer(Storage.layer, { excludeTestServices: true })("schedules", (it) => {
         assert.isTrue(yield* store.schedules.resume("p", () => ({ next: tick(5) }), true))
         assert.isTrue((yield* store.schedules.trigger("s", uuid(), true))!.inserted)
         assert.strictEqual(
-          (yield* store.schedules.backfill("q", () => [tick(1), tick(2)], true) as ReadonlyArray<Schedules.Fired>)[0]!
+          ((yield* store.schedules.backfill("q", () => [tick(1), tick(2)], true)) as ReadonlyArray<Schedules.Fired>)[0]!
             .waiting,
           1
         )
@@ -1240,7 +1238,7 @@ layer(Storage.layer, { excludeTestServices: true })("schedules", (it) => {
         yield* store.schedules.resume("s", ({ now }) => ({ next: now }), true)
         assert.isTrue((yield* store.schedules.trigger("new", uuid(), true))!.inserted)
         assert.deepInclude(
-          (yield* store.schedules.backfill("s", () => [tick(1), tick(2)], true) as ReadonlyArray<Schedules.Fired>)[0],
+          ((yield* store.schedules.backfill("s", () => [tick(1), tick(2)], true)) as ReadonlyArray<Schedules.Fired>)[0],
           { enqueued: 1, waiting: 1 }
         )
         assert.deepStrictEqual((yield* store.schedules.list(true)).map(({ waiting }) => waiting), [0, 1])
