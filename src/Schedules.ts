@@ -207,7 +207,7 @@ const statements = (s: string) => {
       ) d group by name
     )`
   const busy = `case when s.overlap = 'allow' then false
-      else pg_catalog.cardinality(s.waiting) > 0 or exists (select 1 from ${s}.job j where j.id = s.last_job) end as busy`
+      else pg_catalog.cardinality(s.waiting) > 0 or exists (select 1 from ${s}.job j where j.id = s.last_job offset 0) end as busy`
   const report = `select coalesce(pg_catalog.json_agg(r)::text, '[]') as fired, ${checked} from (
       select m.name, m.queue, pg_catalog.count(i.id)::int4 as enqueued,
         pg_catalog.count(t.id) filter (where t.waits)::int4 as waiting,
@@ -290,7 +290,7 @@ const statements = (s: string) => {
       exists (select 1 from ${s}.schedule where next_at is null and paused_at is null and problem is null) as unset,
       (select json_agg(json_build_object('name', w.name, 'job', w.last_job, 'free', w.free))::text
         from (
-          select name, last_job, not exists (select 1 from ${s}.job j where j.id = s.last_job) as free from ${s}.schedule s
+          select name, last_job, not exists (select 1 from ${s}.job j where j.id = s.last_job offset 0) as free from ${s}.schedule s
           where cardinality(waiting) > 0 and paused_at is null and problem is null order by free desc, name limit 1000
         ) w
       ) as waiting`

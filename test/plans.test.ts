@@ -74,6 +74,17 @@ const open = Effect.fnUntraced(function*(schema: string) {
       [count]
     )
 
+  /** Schedules, one in ten of them with ticks that wait, and one in a hundred due. */
+  const fillSchedules = (count: number) =>
+    query(
+      `insert into $schema.schedule (name, spec, kind, overlap, unique_key, declared_at, next_at, last_job, waiting)
+       select 'schedule ' || i, '* * * * *', 'k', 'queue', case when i % 10 = 3 then sha256(i::text::bytea) end, now(),
+         now() + case when i % 100 = 0 then interval '-1 hour' else interval '1 hour' end, gen_random_uuid(),
+         case when i % 10 = 0 then array[now()] else '{}' end
+       from generate_series(1, $1::int4) i`,
+      [count]
+    )
+
   const explain = (text: string, params: ReadonlyArray<unknown>, options = "verbose") =>
     Effect.map(
       query<{ "QUERY PLAN": ReadonlyArray<{ Plan: Plan }> }>(`explain (format json, ${options}) ${text}`, [...params]),
@@ -128,7 +139,20 @@ const open = Effect.fnUntraced(function*(schema: string) {
     assert.strictEqual(all.length, size)
     return all
   })
-  return { schema, me, store, query, analyze, fill, explain, explainInOrder, claimParams, lanes, settlement }
+  return {
+    schema,
+    me,
+    store,
+    query,
+    analyze,
+    fill,
+    fillSchedules,
+    explain,
+    explainInOrder,
+    claimParams,
+    lanes,
+    settlement
+  }
 })
 
 type Filled = Effect.Success<ReturnType<typeof open>>
@@ -265,10 +289,102 @@ const look = Effect.fnUntraced(function*(at: Filled) {
   yield* at.store.release(at.me, [...new Set(entries.map((one) => one.lease))])
 })
 
+/** Looks at the plans of the statements of a scheduler. The table of schedules may be read whole only by who wants them all. */
+const lookAtSchedules = Effect.fnUntraced(function*(at: Filled, analyzed: boolean) {
+  const texts = at.store.texts.schedules
+  const names = Array.from({ length: 500 }, (_, n) => `schedule ${n * 7 + 1}`)
+  const rows = yield* at.query<{ next_at: string; updated_at: string; last_job: string }>(
+    `select (extract(epoch from next_at) * 1000000)::int8::text as next_at, (extract(epoch from updated_at) * 1000000)::int8::text as updated_at,
+      last_job::text as last_job from $schema.schedule where name = any ($1::text[]) order by array_position($1::text[], name::text)`,
+    [names]
+  )
+  const column = (key: keyof typeof rows[number]) => rows.map((row) => row[key])
+  const ticks = names.map(() => "1767225600000")
+  const statements = {
+    look: [texts.look, []],
+    due: [texts.due, ["0", "", true, 500]],
+    "due after one": [texts.due, ["1767225600000000", "schedule 5", false, 500]],
+    fire: [texts.fire, [
+      names,
+      ticks,
+      names,
+      column("next_at"),
+      column("updated_at"),
+      column("last_job"),
+      ticks,
+      ticks
+    ]],
+    "fire of 1": [texts.fire, [
+      names.slice(0, 1),
+      ticks.slice(0, 1),
+      names.slice(0, 1),
+      column("next_at").slice(0, 1),
+      column("updated_at").slice(0, 1),
+      column("last_job").slice(0, 1),
+      ticks.slice(0, 1),
+      ticks.slice(0, 1)
+    ]],
+    follow: [texts.follow, [names, column("last_job")]],
+    backfill: [texts.backfill, [names.map(() => "schedule 8"), ticks, "schedule 8"]],
+    trigger: [texts.trigger, ["schedule 8", uuid()]],
+    expire: [texts.expire, [names]],
+    declare: [texts.declare, [names.slice(0, 20), 1000]],
+    disable: [texts.disable, ["schedule 8", "", "why"]],
+    one: [texts.one, ["schedule 8"]],
+    pause: [texts.pause, ["schedule 8"]]
+  } as const
+  for (const [name, [text, params]] of Object.entries(statements)) {
+    const plan = yield* at.explain(text, params)
+    for (const node of nodesOf(plan)) {
+      const table = node["Relation Name"]
+      if (table === undefined || node["Node Type"] === "ModifyTable" || node["Node Type"] === "Tid Scan") continue
+      const where = `${name}: ${node["Node Type"]} on ${table}`
+      if (["job", "ready", "finished", "unique_key"].includes(table)) {
+        assert.notStrictEqual(node["Node Type"], "Seq Scan", where)
+        assert.match(condition(node), /\b(id|key) = /, where)
+      }
+      // Without statistics, the few hundred pages of the schedules are read whole for what is due or waits: some 2 ms.
+      const looked = analyzed
+        ? /^(look|due|one|pause|disable|trigger|backfill)/
+        : /^(one|pause|disable|trigger|backfill)/
+      if (table === "schedule" && looked.test(name)) {
+        assert.notStrictEqual(node["Node Type"], "Seq Scan", where)
+      }
+    }
+    if (analyzed && ["look", "due", "fire", "follow", "expire"].includes(name)) {
+      // Twice, because the first one reads the catalog.
+      const options = "analyze, buffers, timing off"
+      const count = Effect.fnUntraced(function*() {
+        return reads(yield* at.explain(text, params, options))
+      })
+      yield* count()
+      const most = { look: 5000, due: 2000, fire: 40_000, follow: 40_000, expire: 5000 }[name]!
+      assert.isBelow(yield* count(), most, `buffers of ${name}`)
+    }
+  }
+})
+
 const parkedLanes = Store.priorityLanes.map((lane) => 200 + lane)
 const parkParams = [[...Store.priorityLanes, ...Store.suspectLanes], 2000]
 
 layer(databaseLayer({ maxConnections: 2 }), { excludeTestServices: true, timeout: "2 minutes" })("plans", (it) => {
+  it.effect(
+    "of a scheduler are look-ups with 10 000 schedules and 60 000 jobs, with the statistics of empty tables and with fresh ones",
+    () =>
+      Effect.scoped(Effect.gen(function*() {
+        const at = yield* open("schedules")
+        yield* at.query("alter table $schema.schedule set (autovacuum_enabled = off)")
+        yield* at.query("analyze $schema.schedule")
+        yield* at.analyze
+        yield* at.fill(60_000)
+        yield* at.fillSchedules(10_000)
+        yield* lookAtSchedules(at, false)
+        yield* at.query("analyze $schema.schedule")
+        yield* at.analyze
+        yield* lookAtSchedules(at, true)
+      }))
+  )
+
   it.effect(
     "are look-ups with fresh statistics: 1 000 and 60 000 jobs",
     () =>

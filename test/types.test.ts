@@ -1,10 +1,10 @@
 /** The types an application sees. The compiler is the test; what it must refuse is marked. */
 // What must not compile is marked for the compiler; Effect's own diagnostics need not say it again.
 // @effect-diagnostics missingEffectError:off missingEffectContext:off
-import { Context, DateTime, Effect, type Exit, Layer, type Option, Schedule, Schema } from "effect"
+import { Context, Cron, DateTime, Effect, type Exit, Layer, type Option, Schedule, Schema } from "effect"
 import type { SqlClient, SqlError } from "effect/sql"
 import { describe, expectTypeOf, it } from "vitest"
-import { Admin, Job, JobQueue, type JobQueueError, Worker } from "../src/index.ts"
+import { Admin, CronScheduler, Job, JobQueue, type JobQueueError, Worker } from "../src/index.ts"
 
 class Bounced extends Schema.TaggedError<Bounced>()("Bounced", { address: Schema.String }) {}
 class Down extends Schema.TaggedError<Down>()("Down", { code: Schema.Number }) {}
@@ -254,6 +254,93 @@ describe("a handler", () => {
       // @ts-expect-error not branded
       WithClass.enqueue({ id: "u" })
     ])
+  })
+})
+
+describe("a schedule", () => {
+  const nightly = CronScheduler.make("nightly", {
+    cron: "0 3 * * *",
+    timeZone: "Europe/Berlin",
+    job: Report,
+    payload: { day: 1 }
+  })
+  const ping = CronScheduler.make("ping", { cron: "* * * * *", job: Ping })
+  const member = CronScheduler.make("f", { cron: "* * * * *", job: Reports.of("report:daily"), payload: { day: 2 } })
+
+  it("has the payload of its job", () => {
+    expectTypeOf(nightly).toEqualTypeOf<CronScheduler.Entry<never>>()
+    never(() => [
+      CronScheduler.make("n", { cron: "* * * * *", job: Ping, payload: undefined }),
+      // @ts-expect-error another payload
+      CronScheduler.make("n", { cron: "0 3 * * *", job: Report, payload: { day: "x" } }),
+      // @ts-expect-error the payload is missing
+      CronScheduler.make("n", { cron: "0 3 * * *", job: Report }),
+      // @ts-expect-error a family is no job
+      CronScheduler.make("n", { cron: "0 3 * * *", job: Reports, payload: { day: 1 } })
+    ])
+  })
+
+  it("has a cron expression or an interval", () => {
+    const cron = Cron.make({ minutes: [0], hours: [3], days: [], months: [], weekdays: [] })
+    never(() => [
+      CronScheduler.make("n", { cron, job: Ping }),
+      CronScheduler.make("n", { cron: "@daily", timeZone: DateTime.zoneMakeOffset(0), job: Ping }),
+      CronScheduler.make("n", { every: "15 minutes", job: Ping, missed: { all: 5 }, overlap: "queue", jitter: 500 }),
+      // @ts-expect-error one of them
+      CronScheduler.make("n", { job: Ping }),
+      // @ts-expect-error not both
+      CronScheduler.make("n", { cron: "* * * * *", every: "1 minute", job: Ping }),
+      // @ts-expect-error an interval has no zone
+      CronScheduler.make("n", { every: "1 minute", timeZone: "UTC", job: Ping }),
+      // @ts-expect-error no such policy
+      CronScheduler.make("n", { cron: "* * * * *", job: Ping, overlap: "maybe" }),
+      // @ts-expect-error no such policy
+      CronScheduler.make("n", { cron: "* * * * *", job: Ping, missed: "all" })
+    ])
+  })
+
+  it("needs the queue, and what encodes its payload, where it is written", () => {
+    const Secret = Schema.String as unknown as Schema.Codec<string, string, Kms, Other>
+    class Sec extends Job.make("sec", { payload: { s: Secret } }) {}
+    const secret = CronScheduler.make("s", { cron: "* * * * *", job: Sec, payload: { s: "x" } })
+    expectTypeOf(secret).toEqualTypeOf<CronScheduler.Entry<Other>>()
+    expectTypeOf(CronScheduler.schedule(secret)).toEqualTypeOf<
+      Effect.Effect<void, Job.EnqueueError | SqlError.SqlError, JobQueue | Other>
+    >()
+    expectTypeOf(CronScheduler.schedule(ping)).toEqualTypeOf<
+      Effect.Effect<void, Job.EnqueueError | SqlError.SqlError, JobQueue>
+    >()
+    expectTypeOf(CronScheduler.layer([nightly, secret])).toEqualTypeOf<
+      Layer.Layer<never, Job.EnqueueError | JobQueueError | SqlError.SqlError, JobQueue | Other>
+    >()
+    const main = CronScheduler.layer([nightly, ping, member], { pollInterval: "2 seconds" })
+    expectTypeOf<Layer.Services<typeof main>>().toEqualTypeOf<JobQueue>()
+    const none = CronScheduler.layer([])
+    expectTypeOf<Layer.Services<typeof none>>().toEqualTypeOf<JobQueue>()
+  })
+
+  it("is acted on with typed errors", () => {
+    expectTypeOf(CronScheduler.pause("n")).toEqualTypeOf<
+      Effect.Effect<void, CronScheduler.NoSuchSchedule | SqlError.SqlError, JobQueue>
+    >()
+    expectTypeOf(CronScheduler.trigger("n")).toEqualTypeOf<
+      Effect.Effect<Job.Enqueued, CronScheduler.NoSuchSchedule | SqlError.SqlError, JobQueue>
+    >()
+    expectTypeOf(CronScheduler.list).toEqualTypeOf<
+      Effect.Effect<ReadonlyArray<CronScheduler.Info>, SqlError.SqlError, JobQueue>
+    >()
+  })
+
+  it("completes a program together with a worker", () => {
+    const PgLive = Layer.empty as Layer.Layer<never> as unknown as Layer.Layer<SqlClient.SqlClient>
+    const main = Layer.mergeAll(
+      Worker.layer({ jobs: [Report, Reports] }),
+      CronScheduler.layer([nightly, ping, member])
+    ).pipe(
+      Layer.provide([Report.toLayer(() => Effect.void), Reports.toLayer(() => Effect.void)]),
+      Layer.provide(JobQueue.layer().pipe(Layer.provideMerge(PgLive)))
+    )
+    expectTypeOf<Layer.Services<typeof main>>().toEqualTypeOf<never>()
   })
 })
 
