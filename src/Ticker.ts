@@ -24,6 +24,9 @@ import * as Wakeup from "./Wakeup.ts"
 /** How many schedules are read, worked out and written at once: some 20 ms of computing. */
 const page = 500
 
+/** How many ticks are enqueued in one statement, which has to answer in time after any outage; or those of one schedule. */
+const mostTicks = 2000
+
 /** A statement on a dead link never answers. */
 const bound = 15_000
 
@@ -177,7 +180,18 @@ export const make = Effect.fnUntraced(function*(options: {
   }
 
   /** Has schedules written, and returns how many of them were this process's to fire. */
-  const write = Effect.fnUntraced(function*(some: ReadonlyArray<Planned>) {
+  const write = Effect.fnUntraced(function*(all: ReadonlyArray<Planned>) {
+    let fired = 0
+    for (let begin = 0; begin < all.length;) {
+      let [end, ticks] = [begin + 1, all[begin]!.ticks.length]
+      while (end < all.length && (ticks += all[end]!.ticks.length) <= mostTicks) end++
+      fired += yield* writeTogether(all.slice(begin, end))
+      begin = end
+    }
+    return fired
+  })
+
+  const writeTogether = Effect.fnUntraced(function*(some: ReadonlyArray<Planned>) {
     const planned = new Map(some.map((one) => [one.name, one]))
     const written = yield* apart(
       some,

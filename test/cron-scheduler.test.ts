@@ -229,6 +229,23 @@ describe("a scheduler", () => {
       }
     })))
 
+  it.live("makes up very much in statements that are no larger for it", () =>
+    withQueue(Effect.gen(function*() {
+      yield* Effect.forEach(
+        Array.from({ length: 8 }, (_, n) => n),
+        (n) => CronScheduler.schedule(everySecond(`s${n}`, { missed: { all: 1000 } }))
+      )
+      yield* rows("update pgqueue.schedule set next_at = next_at - interval '1 hour'")
+      yield* scheduling([])
+      yield* untilValue("select count(*) >= 8000 from pgqueue.job", true)
+      // Those of one transaction have the same xmin.
+      assert.isAtMost(
+        yield* value("select max(count)::int from (select count(*) from pgqueue.job group by xmin::text) t"),
+        3000
+      )
+      yield* allInPlace
+    })))
+
   it.live("sees what others schedule, whatever code they have", () =>
     withQueue(Effect.gen(function*() {
       yield* scheduling([everySecond("first")])

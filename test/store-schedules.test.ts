@@ -208,6 +208,21 @@ layer(Storage.layer, { excludeTestServices: true })("schedules", (it) => {
     }))
   )
 
+  for (const overlap of ["skip", "queue"] as const) {
+    it.effect(
+      `of two who have read the same row one fires, also when no job comes of it: ${overlap}`,
+      rule(Effect.gen(function*() {
+        const { store } = yield* Storage
+        yield* register({ overlap })
+        yield* fire([tick(0)])
+        const [first, second] = [yield* due(), yield* due()]
+        assert.strictEqual((yield* store.schedules.fire([advance(first, [tick(1)])])).length, 1)
+        assert.deepStrictEqual(yield* store.schedules.fire([advance(second, [tick(1)])]), [])
+        assert.strictEqual((yield* stored()).next, tick(2))
+      }))
+    )
+  }
+
   it.effect(
     "of many at the same time one fires each schedule, and all of them are fired",
     rule(Effect.gen(function*() {
