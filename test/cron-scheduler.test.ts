@@ -109,6 +109,7 @@ describe("a scheduler", () => {
       )
       yield* scheduling([everySecond("often", { metadata: { a: "b" } })])
       yield* until("five ticks", Effect.sync(() => seen.length >= 5))
+      yield* untilValue("select count(*) >= 5 from pgqueue.finished", true)
       yield* CronScheduler.pause("often")
       const ticks = seen.map(({ at }) => at)
       assert.deepStrictEqual(ticks, ticks.map((_, n) => ticks[0]! + n * 1000))

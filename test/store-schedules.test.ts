@@ -1240,7 +1240,7 @@ layer(Storage.layer, { excludeTestServices: true })("schedules", (it) => {
       ) {
         yield* Effect.ignore(query(`create function hostile.${trap}`))
       }
-      yield* register({ overlap: "queue" })
+      yield* register({ overlap: "queue", jitter: 5000 })
       yield* sql.withTransaction(Effect.gen(function*() {
         yield* sql.unsafe("set local search_path = hostile, pg_catalog")
         yield* store.schedules.register(
@@ -1258,7 +1258,10 @@ layer(Storage.layer, { excludeTestServices: true })("schedules", (it) => {
         )
         assert.deepStrictEqual((yield* store.schedules.list(true)).map(({ waiting }) => waiting), [0, 1])
       }))
-      assert.strictEqual(yield* value("select count(*)::int4 from pgqueue.job where isfinite(run_at)"), 2)
+      assert.strictEqual(
+        yield* value("select count(*)::int4 from pgqueue.job where run_at < clock_timestamp() + interval '1 minute'"),
+        2
+      )
       assert.strictEqual(yield* value("select count(*)::int4 from pgqueue.unique_key where isfinite(expires_at)"), 1)
       assert.strictEqual(
         yield* value("select last_job::text from pgqueue.schedule where name = 's'"),
@@ -1304,8 +1307,9 @@ layer(Storage.layer, { excludeTestServices: true })("schedules", (it) => {
       }, false)
       assert.deepInclude(yield* stored(), { paused_at: null, next: tick(9) })
       // One that goes on is left as it is.
+      const going = yield* stored()
       yield* store.schedules.resume("s", () => ({ next: tick(99) }), false)
-      assert.strictEqual((yield* stored()).next, tick(9))
+      assert.deepStrictEqual(yield* stored(), going)
       yield* store.schedules.disable("s", undefined, "why")
       yield* store.schedules.resume("s", () => ({ problem: "still" }), false)
       assert.deepInclude(yield* stored(), { problem: "still", next: null })
