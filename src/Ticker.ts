@@ -225,9 +225,10 @@ export const make = Effect.fnUntraced(function*(options: {
       }
     ))
 
-  /** Works out one page and has it written. Returns how many of them were this process's, but for those with a key. */
+  /** Works out one page and has it written. Returns how many of them were this process's; of those with a key, were new to it. */
   const advance = Effect.fnUntraced(function*(rows: ReadonlyArray<Schedules.DueRow>) {
     const plain: Array<Planned> = []
+    let added = 0
     for (const row of rows) {
       if (row.keyed && keyed.has(row.name)) continue
       const found = planOf(row)
@@ -238,10 +239,12 @@ export const make = Effect.fnUntraced(function*(options: {
       const { missed, next, previous, ticks } = found.success
       const planned = { name: row.name, row, ticks, previous, next, missed }
       if (next === undefined && ticks.length === 0) yield* disable(row.name, row.updated_at, over)
-      else if (row.keyed) keyed.add(planned)
-      else plain.push(planned)
+      else if (row.keyed) {
+        keyed.add(planned)
+        added++
+      } else plain.push(planned)
     }
-    return yield* write(plain)
+    return added + (yield* write(plain))
   })
 
   const round = Effect.gen(function*() {
