@@ -92,7 +92,8 @@ export type When = {
 export interface Policy {
   /**
    * What is made up of ticks at which no scheduler was there: nothing, the latest, or the latest `all` (1 to 1 000), in their
-   * order. A tick counts as missed when it is more than 30 s late. Default `"latest"`.
+   * order. That is so when the first tick that is due is more than 30 s late; until then they are only late, and all fire.
+   * Default `"latest"`.
    */
   readonly missed?: "skip" | "latest" | { readonly all: number } | undefined
   /** Missed ticks that are older are not made up. Default 7 days. */

@@ -30,8 +30,8 @@ const mostTicks = 2000
 /** A statement on a dead link never answers. */
 const bound = 15_000
 
-/** How long to wait, in milliseconds, when all that is due is in somebody's hands. */
-const elsewhere = 50
+/** How long to wait, in milliseconds, when all that is due is in somebody's hands: at first, and at most. */
+const elsewhere = { first: 50, most: 1000 }
 
 /** How long, in milliseconds, a schedule is let alone whose key a stranger's transaction has taken. */
 const letAlone = 2000
@@ -247,20 +247,30 @@ export const make = Effect.fnUntraced(function*(options: {
     return added + (yield* write(plain))
   })
 
+  /** How long to wait when what is due is still in somebody's hands. */
+  let patience = elsewhere.first
   const round = Effect.gen(function*() {
     poke.closeUnsafe()
     const look = yield* Bounded.bounded(store.schedules.look(), bound)
     awaited = new Set(look.waiting.flatMap(({ free, job }) => free || job === null ? [] : [job]))
     for (const one of look.waiting) if (one.free && !following.has(one.name)) following.add(one)
-    if (!look.unset && (look.wait ?? 1) > 0) return look.wait
+    if (!look.unset && (look.wait ?? 1) > 0) {
+      patience = elsewhere.first
+      return look.wait
+    }
     let after: Schedules.DueRow | undefined
     let all = 0
     while (true) {
       const rows = yield* Bounded.bounded(store.schedules.due(page, after), bound)
       const fired = yield* advance(rows)
       all += fired
-      // What is due and not this process's to fire is somebody's who has it in his hands.
-      if (rows.length < page) return all > 0 ? 0 : elsewhere
+      if (rows.length < page) {
+        // What is due and not this process's to fire is somebody's who has it in his hands: another scheduler for a moment,
+        // or a stranger for as long as he likes.
+        const pause = all > 0 ? 0 : patience
+        patience = all > 0 ? elsewhere.first : Math.min(elsewhere.most, 2 * patience)
+        return pause
+      }
       after = rows[rows.length - 1]
       // Another process is at the same rows: let it get ahead, so that each is worked out once.
       if (fired < rows.length / 2) yield* Effect.flatMap(Random.nextBetween(5, 50), (pause) => Effect.sleep(pause))
