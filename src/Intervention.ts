@@ -115,18 +115,42 @@ export const impatiently = <A>(db: Database.Database, self: Effect.Effect<A, Sql
   )
 
 /**
- * Builds the verbs of people for one quoted schema. Those that take `inUserTransaction` are then part of the transaction
- * that is open.
+ * How what people do is sent.
  */
-export const make = (db: Database.Database, s: string) => {
-  const texts = statements(s)
+export interface People {
+  /** Runs one statement: in the application's transaction, or in the queue's own. */
+  readonly run: (
+    inUserTransaction: boolean,
+    text: string,
+    params: ReadonlyArray<unknown>
+  ) => Effect.Effect<ReadonlyArray<any>, SqlError>
+  /** Runs statements together: in the application's transaction, or in one of the queue's own that waits for no one long. */
+  readonly together: <A>(inUserTransaction: boolean, self: Effect.Effect<A, SqlError>) => Effect.Effect<A, SqlError>
+  /** Waits for an answer no longer than people do. */
+  readonly answered: <A>(self: Effect.Effect<A, SqlError>) => Effect.Effect<A, SqlError>
+}
+
+/**
+ * Makes the way in which everything is sent that people do.
+ */
+export const people = (db: Database.Database): People => {
   const answered = Database.answeredWithin(Database.answerBound)
   // Those who wait for a stranger's transaction are not to take the queue's whole pool.
   const turns = Semaphore.makeUnsafe(3)
-  const together = <A>(inUserTransaction: boolean, self: Effect.Effect<A, SqlError>) =>
-    inUserTransaction ? self : Semaphore.withPermit(turns, answered(impatiently(db, self)))
-  const run = (inUserTransaction: boolean, text: string, params: ReadonlyArray<unknown>) =>
-    (inUserTransaction ? db.app : db.own).unsafe<any>(text, params).unprepared
+  return {
+    answered,
+    together: (inUserTransaction, self) =>
+      inUserTransaction ? self : Semaphore.withPermit(turns, answered(impatiently(db, self))),
+    run: (inUserTransaction, text, params) => (inUserTransaction ? db.app : db.own).unsafe<any>(text, params).unprepared
+  }
+}
+
+/**
+ * Builds the verbs of people for one quoted schema. Those that take `inUserTransaction` are then part of the transaction
+ * that is open.
+ */
+export const make = (db: Database.Database, s: string, { run, together }: People) => {
+  const texts = statements(s)
   const verbs = {
     /**
      * Cancels a job: `"cancelled"` when it was waiting and has ended, `"cancelling"` when its worker has to end it,

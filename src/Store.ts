@@ -11,6 +11,7 @@ import * as Effect from "effect/Effect"
 import type { SqlError } from "effect/sql/SqlError"
 import * as Cleanup from "./Cleanup.ts"
 import * as Database from "./Database.ts"
+import * as Firing from "./Firing.ts"
 import * as Insertion from "./Insertion.ts"
 import * as Inspection from "./Inspection.ts"
 import * as Intervention from "./Intervention.ts"
@@ -131,9 +132,11 @@ export const make = (db: Database.Database, schema: string) => {
   // Without LISTEN nobody hears it.
   const channel = db.connect === undefined ? "" : Database.channelOf(schema)
   const inspection = Inspection.make(db, s)
-  const intervention = Intervention.make(db, s)
+  const people = Intervention.people(db)
+  const intervention = Intervention.make(db, s, people)
   const upkeep = Upkeep.make(db, s)
-  const schedules = Schedules.make(db, s)
+  const schedules = Schedules.make(db, s, people)
+  const firing = Firing.make(db, s, people)
   const cleanup = Cleanup.make(db, s)
 
   // One probe per lane, each with its own limit, in lane order and only as far as needed: future jobs and lower
@@ -209,7 +212,7 @@ export const make = (db: Database.Database, schema: string) => {
     ...cleanup.verbs,
 
     /** The verbs of cron schedules. */
-    schedules: schedules.verbs,
+    schedules: { ...schedules.verbs, ...firing.verbs },
 
     /**
      * Inserts jobs without a unique key; returns the ids that were not there before. `patience` bounds, in milliseconds,
@@ -392,7 +395,7 @@ export const make = (db: Database.Database, schema: string) => {
       ...intervention.texts,
       ...upkeep.texts,
       ...cleanup.texts,
-      schedules: schedules.texts
+      schedules: { ...schedules.texts, ...firing.texts }
     },
 
     /**

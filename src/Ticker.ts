@@ -39,9 +39,6 @@ const letAlone = 2000
 /** How many expressions are kept as they were read. */
 const mostKept = 20_000
 
-/** Why a schedule without a next tick has stopped. */
-export const over = "it will never fire again"
-
 /** How often, in milliseconds, a scheduler says which schedules it declares, and after how long without that one is marked. */
 const declaring = { every: 300_000, missedAfter: 900_000 }
 
@@ -238,7 +235,7 @@ export const make = Effect.fnUntraced(function*(options: {
       }
       const { missed, next, previous, ticks } = found.success
       const planned = { name: row.name, row, ticks, previous, next, missed }
-      if (next === undefined && ticks.length === 0) yield* disable(row.name, row.updated_at, over)
+      if (next === undefined && ticks.length === 0) yield* disable(row.name, row.updated_at, Ticks.over)
       else if (row.keyed) {
         keyed.add(planned)
         added++

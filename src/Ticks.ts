@@ -44,6 +44,9 @@ interface Segment {
   readonly after: number
 }
 
+/** Why a schedule without a next tick does not fire. */
+export const over = "it will never fire again"
+
 const second = 1000
 const day = 86_400_000
 /** How far ahead and back to look for a tick. 29 February can be eight years away. */

@@ -96,6 +96,7 @@ const sqlFiles = [
   "Intervention.ts",
   "Upkeep.ts",
   "Schedules.ts",
+  "Firing.ts",
   "Cleanup.ts",
   "Migrations.ts"
 ]
