@@ -63,8 +63,8 @@ const operate = Effect.gen(function*() {
   yield* CronScheduler.remove("report:acme")
   // The ticks of a span of the past that have no job yet.
   return yield* CronScheduler.backfill("nightly-report", {
-    from: new Date("2026-03-27T00:00:00Z"),
-    to: new Date("2026-03-30T00:00:00Z")
+    from: DateTime.makeUnsafe("2026-03-27T00:00:00Z"),
+    to: DateTime.makeUnsafe("2026-03-30T00:00:00Z")
   })
 })
 // #endregion

@@ -115,10 +115,11 @@ export const layer = <const E extends ReadonlyArray<Entry<unknown>>>(
   Enqueue.EnqueueError | JobQueueError | SqlError,
   JobQueue | Effect.Services<E[number][typeof TypeId]>
 > =>
+  // Sound: the entries are all that needs something, and their types say what.
+  // @effect-diagnostics-next-line unsafeEffectTypeAssertion:off
   Layer.effectDiscard(start(entries, options ?? {})) as Layer.Layer<
     never,
     Enqueue.EnqueueError | JobQueueError | SqlError,
-    // Sound: the entries are all that needs something, and their types say what.
     JobQueue | Effect.Services<E[number][typeof TypeId]>
   >
 
@@ -397,11 +398,12 @@ export const remove = Effect.fn("CronScheduler.remove")(
  * **Example** (The days before there was a schedule)
  *
  * ```ts
+ * import { DateTime } from "effect"
  * import { CronScheduler } from "effect-pgqueue"
  *
  * const january = CronScheduler.backfill("nightly-report", {
- *   from: new Date("2026-01-01T00:00:00Z"),
- *   to: new Date("2026-02-01T00:00:00Z")
+ *   from: DateTime.makeUnsafe("2026-01-01T00:00:00Z"),
+ *   to: DateTime.makeUnsafe("2026-02-01T00:00:00Z")
  * })
  * ```
  *

@@ -46,7 +46,7 @@ describe("a database whose clock is moved", () => {
         yield* until("both go by the new time", Effect.map(nextOf("latest"), (next) => next > moved))
         const made = yield* value(
           "select count(*)::int from pgqueue.job where scheduled_for > $1::timestamptz and scheduled_for <= $2::timestamptz",
-          [new Date(moved - hour + 5000), new Date(moved - 31_000)]
+          [moved - hour + 5000, moved - 31_000].map((at) => DateTime.toDateUtc(DateTime.makeUnsafe(at)))
         )
         // An hour of ticks: none of it is made up but the latest, and that is within the last second.
         assert.strictEqual(made, 0)

@@ -604,7 +604,9 @@ describe("people", () => {
 
   it.live("backfill a span: each tick once, in order, and not what is to come", () =>
     withQueue(Effect.gen(function*() {
-      const at = (text: string) => new Date(`2026-01-${text}Z`)
+      const at = (text: string) => DateTime.makeUnsafe(`2026-01-${text}Z`)
+      const notADate = DateTime.toDateUtc(at("01T00:00:00"))
+      notADate.setTime(NaN)
       yield* CronScheduler.schedule(CronScheduler.make("daily", { cron: "0 3 * * *", job: Tick }))
       yield* CronScheduler.schedule(CronScheduler.make("queued", { cron: "0 3 * * *", job: Tick, overlap: "queue" }))
       const january = { from: at("01T03:00:00"), to: at("10T03:00:00") }
@@ -624,14 +626,14 @@ describe("people", () => {
       )
       const empty = { from: at("01T03:00:00"), to: at("01T03:00:00") }
       assert.deepStrictEqual(yield* CronScheduler.backfill("daily", empty), { ticks: 0, enqueued: 0, waiting: 0 })
-      const future = { from: new Date("2190-01-01"), to: new Date("2191-01-01") }
+      const future = { from: DateTime.makeUnsafe("2190-01-01"), to: DateTime.makeUnsafe("2191-01-01") }
       assert.deepStrictEqual(yield* CronScheduler.backfill("daily", future), { ticks: 0, enqueued: 0, waiting: 0 })
       yield* CronScheduler.schedule(CronScheduler.make("minutely", { cron: "* * * * *", job: Tick }))
       for (
         const [name, span] of [
           ["daily", { from: at("02T00:00:00"), to: at("01T00:00:00") }],
-          ["daily", { from: new Date(NaN), to: at("01T00:00:00") }],
-          ["minutely", { from: at("01T00:00:00"), to: new Date("2026-02-01") }]
+          ["daily", { from: notADate, to: at("01T00:00:00") }],
+          ["minutely", { from: at("01T00:00:00"), to: DateTime.makeUnsafe("2026-02-01") }]
         ] as const
       ) {
         const error = yield* Effect.flip(CronScheduler.backfill(name, span))
@@ -642,7 +644,7 @@ describe("people", () => {
 
   it.live("are told when there is no such schedule", () =>
     withQueue(Effect.gen(function*() {
-      const span = { from: new Date(0), to: new Date(1) }
+      const span = { from: DateTime.makeUnsafe(0), to: DateTime.makeUnsafe(1) }
       for (
         const effect of [
           CronScheduler.pause("nobody"),
@@ -665,7 +667,10 @@ describe("people", () => {
         yield* CronScheduler.schedule(yearly("new"))
         yield* CronScheduler.trigger("new")
         yield* CronScheduler.pause("old")
-        yield* CronScheduler.backfill("old", { from: new Date("2020-06-01"), to: new Date("2022-06-01") })
+        yield* CronScheduler.backfill("old", {
+          from: DateTime.makeUnsafe("2020-06-01"),
+          to: DateTime.makeUnsafe("2022-06-01")
+        })
         assert.strictEqual((yield* CronScheduler.list).length, 2)
       })
       yield* Effect.exit(sql.withTransaction(Effect.andThen(all, Effect.fail("back"))))
