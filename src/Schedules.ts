@@ -45,7 +45,9 @@ export interface Registration {
 
 /** What a scheduler looks at from time to time. */
 export interface Look {
-  /** Milliseconds to the next tick; `null` when there is none. */
+  /** Whether a tick is due. */
+  readonly due: boolean
+  /** Milliseconds to the next one that is not yet; `null` when there is none. */
   readonly wait: number | null
   /** Whether there are schedules whose next tick nobody has computed. */
   readonly unset: boolean
@@ -85,10 +87,11 @@ export interface ScheduleRow {
  * Builds the statements for one quoted schema.
  */
 const statements = (s: string) => {
-  const look = `select
+  // What is due may be in somebody's hands for long, and must not hide when the next tick is due.
+  const look = `select exists (select 1 from ${s}.schedule where next_at <= statement_timestamp()) as due,
       (select ${
     millis("next_at - clock_timestamp()")
-  } from ${s}.schedule where next_at is not null order by next_at limit 1) as wait,
+  } from ${s}.schedule where next_at > statement_timestamp() order by next_at limit 1) as wait,
       exists (select 1 from ${s}.schedule where next_at is null and paused_at is null and problem is null) as unset,
       (select json_agg(json_build_object('name', w.name, 'job', w.last_job, 'free', w.free))::text
         from (
@@ -222,6 +225,7 @@ export const make = (db: Database.Database, s: string, { answered, run, together
      */
     look: (): Effect.Effect<Look, SqlError> =>
       Effect.map(db.query<any>(texts.look, []), ([row]) => ({
+        due: row.due,
         wait: row.wait,
         unset: row.unset,
         waiting: row.waiting === null ? [] : JSON.parse(row.waiting)

@@ -251,9 +251,10 @@ export const make = Effect.fnUntraced(function*(options: {
     const look = yield* Bounded.bounded(store.schedules.look(), bound)
     awaited = new Set(look.waiting.flatMap(({ free, job }) => free || job === null ? [] : [job]))
     for (const one of look.waiting) if (one.free && !following.has(one.name)) following.add(one)
-    if (!look.unset && (look.wait ?? 1) > 0) {
+    const wait = look.wait ?? Infinity
+    if (!look.unset && !look.due) {
       patience = elsewhere.first
-      return look.wait
+      return wait
     }
     let after: Schedules.DueRow | undefined
     let all = 0
@@ -264,7 +265,7 @@ export const make = Effect.fnUntraced(function*(options: {
       if (rows.length < page) {
         // What is due and not this process's to fire is somebody's who has it in his hands: another scheduler for a moment,
         // or a stranger for as long as he likes.
-        const pause = all > 0 ? 0 : patience
+        const pause = all > 0 ? 0 : Math.min(patience, wait)
         patience = all > 0 ? elsewhere.first : Math.min(elsewhere.most, 2 * patience)
         return pause
       }
@@ -279,7 +280,7 @@ export const make = Effect.fnUntraced(function*(options: {
     const wait = yield* round
     yield* firing.succeeded
     // The database's clock may be moved, and others may write schedules: no wait is longer than the interval.
-    const pause = Math.min(options.pollInterval, Math.max(1, Math.ceil(wait ?? options.pollInterval)))
+    const pause = Math.min(options.pollInterval, Math.max(1, Math.ceil(wait)))
     yield* Effect.timeoutOption(poke.await, pause)
   }).pipe(
     Effect.catchCause((cause) => Effect.andThen(firing.failed(cause), Effect.sleep("200 millis"))),

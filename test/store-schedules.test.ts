@@ -1068,7 +1068,12 @@ layer(Storage.layer, { excludeTestServices: true })("schedules", (it) => {
     "the next tick is known before it is due, and rows without one are seen at once",
     rule(Effect.gen(function*() {
       const { store } = yield* Storage
-      assert.deepStrictEqual(yield* store.schedules.look(), { wait: null, unset: false, waiting: [] })
+      assert.deepStrictEqual(yield* store.schedules.look(), {
+        due: false,
+        wait: null,
+        unset: false,
+        waiting: []
+      })
       const soon = (yield* value<number>("select floor(extract(epoch from clock_timestamp()) * 1000)::float8")) +
         100_000
       yield* register({ next: soon }, { name: "t", next: soon + 5 })
@@ -1077,7 +1082,11 @@ layer(Storage.layer, { excludeTestServices: true })("schedules", (it) => {
       assert.isFalse(look.unset)
       assert.deepStrictEqual(yield* dueRows, [])
       yield* query("insert into pgqueue.schedule (name, spec, kind) values ('by hand', '@every 60s', 'k')")
-      assert.isTrue((yield* store.schedules.look()).unset)
+      // One that is due hides neither what nobody has computed nor when the next one is due.
+      yield* register({ name: "over", next: soon - 200_000 })
+      const busy = yield* store.schedules.look()
+      assert.deepStrictEqual([busy.due, busy.unset], [true, true])
+      assert.closeTo(busy.wait!, 100_000, 5000)
       assert.deepInclude(yield* due("by hand"), {
         name: "by hand",
         time_zone: "UTC",
