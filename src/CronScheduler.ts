@@ -115,15 +115,12 @@ export const layer = <const E extends ReadonlyArray<Entry<unknown>>>(
   Enqueue.EnqueueError | JobQueueError | SqlError,
   JobQueue | Effect.Services<E[number][typeof TypeId]>
 > =>
-  // Sound: the entries are all that needs something, and their types say what.
-  // @effect-diagnostics-next-line unsafeEffectTypeAssertion:off
-  Layer.effectDiscard(start(entries, options ?? {})) as Layer.Layer<
-    never,
-    Enqueue.EnqueueError | JobQueueError | SqlError,
-    JobQueue | Effect.Services<E[number][typeof TypeId]>
-  >
+  Layer.effectDiscard(
+    // Sound: this is what their own types say they need.
+    start(entries as ReadonlyArray<Entry<Effect.Services<E[number][typeof TypeId]>>>, options ?? {})
+  )
 
-const start = Effect.fnUntraced(function*(entries: ReadonlyArray<Entry<unknown>>, options: LayerOptions) {
+const start = Effect.fnUntraced(function*<R>(entries: ReadonlyArray<Entry<R>>, options: LayerOptions) {
   const { internal: { store, wakeup }, mode } = yield* JobQueue
   const pollInterval = Enqueue.millisOf(options.pollInterval) ?? (mode === "listen" ? 5000 : 1000)
   if (!(pollInterval >= 10 && pollInterval <= 3_600_000)) {

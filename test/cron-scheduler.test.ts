@@ -44,6 +44,7 @@ const scheduling = <const E extends ReadonlyArray<CronScheduler.Entry<never>>>(
 
 const everySecond = (name: string, options: object = {}) =>
   CronScheduler.make(name, { every: "1 second", job: Tick, ...options })
+const noDate = new Date(NaN)
 const yearly = (name: string) => CronScheduler.make(name, { cron: "0 0 1 1 *", job: Tick })
 
 const info = (name: string) => Effect.map(CronScheduler.list, (all) => all.find((one) => one.name === name)!)
@@ -605,8 +606,6 @@ describe("people", () => {
   it.live("backfill a span: each tick once, in order, and not what is to come", () =>
     withQueue(Effect.gen(function*() {
       const at = (text: string) => DateTime.makeUnsafe(`2026-01-${text}Z`)
-      const notADate = DateTime.toDateUtc(at("01T00:00:00"))
-      notADate.setTime(NaN)
       yield* CronScheduler.schedule(CronScheduler.make("daily", { cron: "0 3 * * *", job: Tick }))
       yield* CronScheduler.schedule(CronScheduler.make("queued", { cron: "0 3 * * *", job: Tick, overlap: "queue" }))
       const january = { from: at("01T03:00:00"), to: at("10T03:00:00") }
@@ -632,7 +631,7 @@ describe("people", () => {
       for (
         const [name, span] of [
           ["daily", { from: at("02T00:00:00"), to: at("01T00:00:00") }],
-          ["daily", { from: notADate, to: at("01T00:00:00") }],
+          ["daily", { from: noDate, to: at("01T00:00:00") }],
           ["minutely", { from: at("01T00:00:00"), to: DateTime.makeUnsafe("2026-02-01") }]
         ] as const
       ) {
@@ -645,16 +644,15 @@ describe("people", () => {
   it.live("are told when there is no such schedule", () =>
     withQueue(Effect.gen(function*() {
       const span = { from: DateTime.makeUnsafe(0), to: DateTime.makeUnsafe(1) }
-      for (
-        const effect of [
-          CronScheduler.pause("nobody"),
-          CronScheduler.resume("nobody"),
-          CronScheduler.remove("nobody"),
-          CronScheduler.trigger("nobody"),
-          CronScheduler.backfill("nobody", span)
-        ]
-      ) {
-        const error = yield* Effect.flip(effect as Effect.Effect<unknown, CronScheduler.NoSuchSchedule, JobQueue>)
+      const acts: ReadonlyArray<Effect.Effect<unknown, { readonly _tag: string; readonly name: string }, JobQueue>> = [
+        CronScheduler.pause("nobody"),
+        CronScheduler.resume("nobody"),
+        CronScheduler.remove("nobody"),
+        CronScheduler.trigger("nobody"),
+        CronScheduler.backfill("nobody", span)
+      ]
+      for (const act of acts) {
+        const error = yield* Effect.flip(act)
         assert.deepInclude(error, { _tag: "NoSuchSchedule", name: "nobody" })
       }
     })))
@@ -718,9 +716,12 @@ describe("what is wrong with a schedule", () => {
   it.live("is said, whatever it is, and nothing is written", () =>
     withQueue(Effect.gen(function*() {
       for (const [what, entry] of bad) {
-        const start = Effect.scoped(Layer.build(CronScheduler.layer([yearly("good"), entry])))
-        for (const effect of [start, CronScheduler.schedule(entry)]) {
-          const exit = yield* Effect.exit(effect as Effect.Effect<unknown, Job.EnqueueError, JobQueue>)
+        const uses: ReadonlyArray<Effect.Effect<unknown, unknown, JobQueue>> = [
+          Effect.scoped(Layer.build(CronScheduler.layer([yearly("good"), entry]))),
+          CronScheduler.schedule(entry)
+        ]
+        for (const use of uses) {
+          const exit = yield* Effect.exit(use)
           assert.include(String(exit), "EnqueueError", what)
         }
         assert.strictEqual(yield* value("select count(*)::int from pgqueue.schedule"), 0, what)
