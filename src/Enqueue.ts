@@ -191,9 +191,12 @@ export const resolve = Effect.fnUntraced(function*<P extends Schema.Top>(
     return yield* invalid("runAt must be a valid date before the year 10000")
   }
 
+  if (options.metadata !== undefined && !isMetadata(options.metadata)) {
+    return yield* refuse("InvalidPayload")("metadata must be an object whose values are text")
+  }
   const metadata = options.metadata === undefined
     ? "{}"
-    : yield* jsonText(checkMetadata(options.metadata), 65_536, refuse, "metadata")
+    : yield* jsonText(options.metadata, 65_536, refuse, "metadata")
 
   const rule = options.unique ??
     (defaults.unique as ((payload: P["Type"]) => string | Unique | undefined) | undefined)?.(payload)
@@ -299,8 +302,8 @@ export const millisOf = (input: Duration.Input | undefined): number | undefined 
 export const epochMillis = (date: DateTime.DateTime | Date): number =>
   DateTime.isDateTime(date) ? DateTime.toEpochMillis(date) : Predicate.isDate(date) ? date.getTime() : NaN
 
-const checkMetadata = (metadata: Metadata): unknown =>
-  Predicate.isObject(metadata) && Object.values(metadata).every(Predicate.isString) ? metadata : undefined
+const isMetadata = (metadata: unknown): boolean =>
+  Predicate.isObject(metadata) && Object.values(metadata).every(Predicate.isString)
 
 const resolveUnique = (rule: string | Unique): Store.UniqueRule | string => {
   const { key, onConflict = "keep", period, until = "finished" } = Predicate.isString(rule) ? { key: rule } : rule

@@ -185,12 +185,10 @@ const resolve = Effect.fnUntraced(function*(
   options: When & Policy & { readonly job: Schedulable; readonly payload?: unknown }
 ) {
   const { definition } = options.job[Definition.TypeId]
-  const invalid = (message: string) =>
-    new Enqueue.EnqueueError({
-      kind: definition.name,
-      reason: "InvalidOption",
-      message: `the schedule "${name}": ${message}`
-    })
+  // Of a layer with many schedules, which one it is.
+  const refuse = (reason: Enqueue.EnqueueError["reason"], message: string) =>
+    new Enqueue.EnqueueError({ kind: definition.name, reason, message: `the schedule "${name}": ${message}` })
+  const invalid = (message: string) => refuse("InvalidOption", message)
   const nameProblem = Enqueue.problemOfName("its name", name, 200)
   if (nameProblem !== undefined) return yield* invalid(nameProblem)
   if (definition.family) return yield* invalid("a family is no job; schedule one of its kinds")
@@ -207,7 +205,7 @@ const resolve = Effect.fnUntraced(function*(
     return yield* invalid(`overlap must be "allow", "skip" or "queue"`)
   }
   if (!Number.isInteger(version) || Math.abs(version) > 2_147_483_647) {
-    return yield* invalid("version must be an integer")
+    return yield* invalid("version must be an integer of at most 2147483647")
   }
   const missedWindow = Enqueue.millisOf(options.missedWindow) ?? 604_800_000
   if (!(missedWindow >= 1)) return yield* invalid("missedWindow must be at least a millisecond")
@@ -220,7 +218,7 @@ const resolve = Effect.fnUntraced(function*(
     maxAttempts: options.maxAttempts,
     timeout: options.timeout,
     metadata: { schedule: name, ...options.metadata }
-  })
+  }).pipe(Effect.mapError(({ message, reason }) => refuse(reason, message)))
   const row: Resolved["row"] = {
     name,
     spec,

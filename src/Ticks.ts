@@ -152,7 +152,8 @@ const read = (text: string): Result.Result<Spec, string> => {
   const cron = Cron.parse(expression, wall)
   if (Result.isFailure(cron)) {
     const { input = expression, message } = cron.failure
-    return Result.fail(`${quoted(text)} is not a schedule: ${message.toLowerCase()}, not ${quoted(input)}`)
+    const separator = message.startsWith("Expected") ? ", not " : " "
+    return Result.fail(`${quoted(text)} is not a schedule: ${message.toLowerCase()}${separator}${quoted(input)}`)
   }
   const both = words.has("days")
   const overlap = words.get("dst")?.slice(4) as Cron.DstOverlapPolicy | undefined // Sound: checked above.

@@ -723,6 +723,7 @@ describe("what is wrong with a schedule", () => {
         for (const use of uses) {
           const exit = yield* Effect.exit(use)
           assert.include(String(exit), "EnqueueError", what)
+          assert.include(String(exit), `the schedule "${entry.name}": `, what)
         }
         assert.strictEqual(yield* value("select count(*)::int from pgqueue.schedule"), 0, what)
       }

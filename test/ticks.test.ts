@@ -43,7 +43,7 @@ describe("what is refused, with a sentence for people", () => {
     ["0 0 * * 8", /between 0 and 7, not "8"/],
     ["0 0 * * someday", /positive integer, not "someday"/],
     ["*/0 * * * *", /greater than 0/],
-    ["5-1 * * * *", /range/],
+    ["5-1 * * * *", /invalid value range "5-1"/],
     ["1,,2 * * * *", /positive integer/],
     ["-1 * * * *", /positive integer/],
     ["1.5 * * * *", /positive integer/],
