@@ -7,6 +7,7 @@
 import * as Effect from "effect/Effect"
 import type { SqlError } from "effect/sql/SqlError"
 import type * as Database from "./Database.ts"
+import { micros } from "./Inspection.ts"
 
 /** How a job can have ended, each with a retention of its own. */
 export const endings = ["completed", "cancelled", "discarded"] as const
@@ -49,7 +50,6 @@ const columns =
  * Builds the statements for one quoted schema.
  */
 const statements = (s: string) => {
-  const micros = (column: string) => `(extract(epoch from ${column}) * 1000000)::int8::text`
   const from = (parameter: string) => `timestamptz 'epoch' + ${parameter}::int8 * interval '1 microsecond'`
 
   // Everybody asks, nobody leads. Skipped when locked; judged again when somebody has just had the turn, with a newer clock
@@ -80,7 +80,7 @@ const statements = (s: string) => {
   const goOn = `update ${s}.task set position = nullif($2::text, '') where name = $1::text`
 
   // Field by field, so that nobody takes back what another has said by not saying it.
-  const settle = `insert into ${s}.setting as s (name, value)
+  const merge = `insert into ${s}.setting as s (name, value)
     select $1::text, n.value::json from (select $2::jsonb as value) n
     on conflict (name) do update set updated_at = clock_timestamp(), value = (
       select (o.value || n.value || case when n.value ? 'retention' then jsonb_build_object('retention',
@@ -132,7 +132,7 @@ const statements = (s: string) => {
     )
     select count(*)::int4 as count, ${micros("max(expires_at)")} as last from old`
 
-  return { take, renew, goOn, settlePolicy: settle, prune, expire }
+  return { take, renew, goOn, mergePolicy: merge, prune, expire }
 }
 
 /**
@@ -168,9 +168,9 @@ export const make = (db: Database.Database, s: string) => {
     /**
      * Adds to what the processes have agreed on; what is not said stays as it is.
      */
-    settlePolicy: (task: string, policy: Policy): Effect.Effect<void, SqlError> =>
+    mergePolicy: (task: string, policy: Policy): Effect.Effect<void, SqlError> =>
       // JSON has no `Infinity`.
-      run(texts.settlePolicy, [task, JSON.stringify(policy, (_, one) => one === Infinity ? "Infinity" : one)]),
+      run(texts.mergePolicy, [task, JSON.stringify(policy, (_, one) => one === Infinity ? "Infinity" : one)]),
 
     /**
      * Removes up to `limit` of the oldest jobs that have ended so, after the moment `after`, whose retention is over.

@@ -13,7 +13,7 @@
 import * as Effect from "effect/Effect"
 import type { SqlError } from "effect/sql/SqlError"
 import * as Database from "./Database.ts"
-import { millis } from "./Inspection.ts"
+import { micros, millis } from "./Inspection.ts"
 import type { People } from "./Intervention.ts"
 
 /** What happens to a tick while the job of an earlier one has not ended. */
@@ -78,10 +78,11 @@ export const mostWaiting = 10_000
 const patience = 200
 
 /** A time as it must still be; also one without end, which somebody may have written by hand. */
-export const micros = (column: string) =>
-  `coalesce(case when pg_catalog.isfinite(${column}) then (extract(epoch from ${column}) * 1000000)::int8::text else ${column}::text end, '')`
+export const unchanged = (column: string) =>
+  `coalesce(case when pg_catalog.isfinite(${column}) then ${micros(column)} else ${column}::text end, '')`
+
 /** A time from milliseconds since the epoch. */
-export const instant = (millis: string) => `timestamptz 'epoch' + ${millis}::float8 * interval '1 millisecond'`
+export const instant = (value: string) => `timestamptz 'epoch' + ${value}::float8 * interval '1 millisecond'`
 
 /** Locks one schedule, and reads what whoever acts on it has to know. */
 export const oneText = (s: string): string =>
@@ -167,7 +168,7 @@ const statements = (s: string) => {
         as i(name, next_at, updated_at, last_job, following, passed) order by name) i
       cross join lateral (
         select s.* from ${s}.schedule s
-        where s.name = i.name and ${micros("s.next_at")} = i.next_at and ${micros("s.updated_at")} = i.updated_at
+        where s.name = i.name and ${unchanged("s.next_at")} = i.next_at and ${unchanged("s.updated_at")} = i.updated_at
           and coalesce(s.last_job::text, '') = i.last_job and s.paused_at is null and s.problem is null
         for update skip locked
       ) s

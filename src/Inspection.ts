@@ -82,6 +82,9 @@ export const everything = 1e13
 /** Milliseconds since the epoch, or of an interval. */
 export const millis = (column: string) => `(extract(epoch from ${column}) * 1000)::float8`
 
+/** Microseconds since the epoch, as exact as the server is; as text, whatever a client makes of an int8. */
+export const micros = (column: string) => `(extract(epoch from ${column}) * 1000000)::int8::text`
+
 /**
  * Builds the statements for one quoted schema.
  */

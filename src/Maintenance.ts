@@ -6,12 +6,12 @@
 import * as Duration from "effect/Duration"
 import * as Effect from "effect/Effect"
 import * as Layer from "effect/Layer"
-import * as Option from "effect/Option"
 import type { SqlError } from "effect/sql/SqlError"
 import * as Bounded from "./Bounded.ts"
 import * as Cleanup from "./Cleanup.ts"
 import * as Contact from "./Contact.ts"
 import * as Database from "./Database.ts"
+import * as Enqueue from "./Enqueue.ts"
 import * as Episode from "./Episode.ts"
 import { JobQueue, JobQueueError } from "./JobQueue.ts"
 import * as Tasks from "./Tasks.ts"
@@ -113,7 +113,7 @@ export const layer = (options: Options = {}): Layer.Layer<never, JobQueueError |
     const { store, wakeup } = (yield* JobQueue).internal
     const episode = Episode.make("the maintenance policy")
     for (const [task, policy] of policies) {
-      yield* Effect.suspend(() => store.settlePolicy(task, policy)).pipe(
+      yield* Effect.suspend(() => store.mergePolicy(task, policy)).pipe(
         Database.answeredWithin(Database.answerBound),
         Effect.tapCause((cause) => episode.failed(cause)),
         Effect.retry({ while: Database.isTransient, schedule: Database.backoff })
@@ -139,14 +139,12 @@ const names = ["rescue", "parking", "audit", "cleanup", "keys"] as const
 /** Checks the options and returns what they say, task by task. */
 const resolve = Effect.fnUntraced(function*(options: Options) {
   const invalid = (message: string) => new JobQueueError({ reason: "InvalidOption", message })
-  const millis = (input: Duration.Input) =>
-    Option.match(Duration.fromInput(input), { onNone: () => NaN, onSome: Duration.toMillis })
   const policies: Array<readonly [task: keyof Tasks.Intervals, policy: Cleanup.Policy]> = []
   for (const name of names) {
     const given: NonNullable<Options["cleanup"]> = options[name] ?? {}
     const policy: { -readonly [K in keyof Cleanup.Policy]: Cleanup.Policy[K] } = {}
-    if (given.interval !== undefined) {
-      const interval = millis(given.interval)
+    const interval = Enqueue.millisOf(given.interval)
+    if (interval !== undefined) {
       if (!(interval >= 10 && interval <= 86_400_000)) {
         return yield* invalid(`the interval of ${name} must be from 10 milliseconds to a day`)
       }
@@ -166,12 +164,13 @@ const resolve = Effect.fnUntraced(function*(options: Options) {
       const said: { [E in Cleanup.Ending]?: number } = {}
       for (const [ending, input] of Object.entries(each)) {
         if (!isEnding(ending)) return yield* invalid(`retention has no "${ending}"`)
-        if (input === undefined) continue
-        said[ending] = millis(input)
-        // What is no duration may count as 0, which would remove everything.
-        if (!(said[ending] > 0)) {
+        const millis = Enqueue.millisOf(input)
+        if (millis === undefined) continue
+        // 0 would remove everything at once.
+        if (!(millis > 0)) {
           return yield* invalid(`the retention of ${ending} jobs must be a duration of more than 0`)
         }
+        said[ending] = millis
       }
       if (Object.keys(said).length > 0) policy.retention = said
     }

@@ -9,7 +9,7 @@
 import * as Effect from "effect/Effect"
 import type { SqlError } from "effect/sql/SqlError"
 import * as Database from "./Database.ts"
-import { type DueRow, instant, micros, type OneRow, oneText, type Overlap } from "./Firing.ts"
+import { type DueRow, instant, type OneRow, oneText, type Overlap, unchanged } from "./Firing.ts"
 import { millis } from "./Inspection.ts"
 import type { People } from "./Intervention.ts"
 
@@ -103,8 +103,8 @@ const statements = (s: string) => {
   // Those that nobody has computed yet come first. In pages, because rows that somebody has locked must hide no others.
   const due = `select name, spec, time_zone, ${millis("next_at")} as due, ${millis("previous_at")} as previous,
       missed, missed_window_ms::float8 as missed_window_ms, ${millis("statement_timestamp()")} as now,
-      unique_key is not null as keyed, ${micros("next_at")} as next_at, ${
-    micros("updated_at")
+      unique_key is not null as keyed, ${unchanged("next_at")} as next_at, ${
+    unchanged("updated_at")
   } as updated_at, last_job::text as last_job
     from (
       (select * from ${s}.schedule
@@ -120,7 +120,7 @@ const statements = (s: string) => {
   const disable = `update ${s}.schedule set problem = $3::text, next_at = null
     where name = (
       select name from ${s}.schedule where name = $1::text and $2::text in ('', ${
-    micros("updated_at")
+    unchanged("updated_at")
   }) and problem is null
       for update skip locked)`
 

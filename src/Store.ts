@@ -120,8 +120,6 @@ export const probeText = "select 1 as here"
 /** Announces queues: one statement, whatever their number. */
 export const notifyText = "select pg_notify($1::text, p)::text as sent from unnest($2::text[]) as p"
 
-const micros = (column: string) => `(extract(epoch from ${column}) * 1000000)::int8::text`
-
 /**
  * Builds the statements for one schema.
  */
@@ -175,7 +173,7 @@ export const make = (db: Database.Database, schema: string) => {
           where u.key = j.unique_key and u.job = j.id and u.until = 'started' and u.expires_at is null for update skip locked
         ) u where j.unique_key is not null))
     )
-    select picked::text as id, lane, ${micros("due")} as run_at, kind, priority, attempt, max_attempts,
+    select picked::text as id, lane, ${Inspection.micros("due")} as run_at, kind, priority, attempt, max_attempts,
       rescued, timeout_ms::float8 as timeout_ms, trace, metadata::text as metadata,
       ${Inspection.millis("enqueued_at")} as enqueued_at, ${Inspection.millis("scheduled_for")} as scheduled_for,
       ${Inspection.millis("clock_timestamp()")} as claimed_at, payload::text as payload,
@@ -188,6 +186,7 @@ export const make = (db: Database.Database, schema: string) => {
         ) a)::text end as history
     from jobs`
 
+  // The row `alive` has the database's clock where the others have an age.
   const beatText = `with beat as (
       update ${s}.worker set beat_at = clock_timestamp() where id = $1::uuid returning id
     )

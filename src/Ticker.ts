@@ -42,10 +42,8 @@ const mostKept = 20_000
 /** How often, in milliseconds, a scheduler says which schedules it declares, and after how long without that one is marked. */
 const declaring = { every: 300_000, missedAfter: 900_000 }
 
-/**
- * Reads stored expressions, and keeps what it has read.
- */
-export const reader = () => {
+/** Reads stored expressions, and keeps what it has read. */
+const reader = () => {
   const kept = new Map<string, Result.Result<Ticks.Ticks, string>>()
   return (spec: string, timeZone: string, now: number): Result.Result<Ticks.Ticks, string> => {
     const key = `${timeZone} ${spec}`
@@ -88,6 +86,10 @@ export const make = Effect.fnUntraced(function*(options: {
     yield* Bounded.bounded(store.schedules.disable(name, updatedAt, problem), bound)
   })
 
+  /** Schedules whose key a stranger's transaction has taken, and until when they are let alone. */
+  const held = new Map<string, number>()
+  const isHeld = (name: string) => (held.get(name) ?? 0) > Bounded.monotonic(clock)
+
   /**
    * Writes schedules, together if possible: one that cannot be written stops, one whose key or id somebody has locked is left
    * for later, and neither keeps the others from it.
@@ -114,10 +116,6 @@ export const make = Effect.fnUntraced(function*(options: {
         return Effect.succeed([])
       }
     )
-
-  /** Schedules whose key a stranger's transaction has taken, and until when they are let alone. */
-  const held = new Map<string, number>()
-  const isHeld = (name: string) => (held.get(name) ?? 0) > Bounded.monotonic(clock)
 
   /**
    * What strangers can hold up goes beside the loop, a page at a time: their keys. Those that were held up go one by one, so

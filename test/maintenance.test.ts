@@ -1,6 +1,6 @@
 /** Maintenance: what the processes agree on, whose turn it is, and what happens when the database's clock is moved. */
 import { assert, describe, it } from "@effect/vitest"
-import { Effect, Exit, Layer, Logger, Metric, Scope, Tracer } from "effect"
+import { Effect, Exit, Fiber, Layer, Logger, Metric, Scope, Tracer } from "effect"
 import { Job, JobQueueError, Maintenance, Telemetry, Worker } from "../src/index.ts"
 import { moveClock, withClock } from "./support/clock.ts"
 import {
@@ -148,16 +148,32 @@ describe("a maintenance layer", () => {
       yield* assertRows("select name, value from pgqueue.setting", [{ name: "cleanup", value: {} }])
     })))
 
-  it.live("waits for a database that refuses for a while to store what it says", () =>
+  it.live("waits for a database that does not store for a while what it says", () =>
     withQueue(Effect.gen(function*() {
       const { layer, logged } = collecting("Warn")
-      yield* rows("begin")
+      yield* rows(`create function public.refuse() returns trigger language plpgsql as
+        $$ begin raise 'the database system is starting up' using errcode = '57P03'; end $$`)
+      yield* rows(
+        "create trigger refuse before insert or update on pgqueue.setting for each row execute function public.refuse()"
+      )
+      const built = yield* Effect.forkScoped(
+        running(Maintenance.layer({ cleanup: { strategy: "archive" } })).pipe(Effect.provide(layer))
+      )
+      yield* until("it is said", Effect.sync(() => logged.length > 0))
+      assert.match(logged.join(), /the maintenance policy does not go through/)
+      yield* rows("drop function public.refuse cascade")
+      yield* Fiber.join(built)
+      assert.deepStrictEqual(yield* policy(), { strategy: "archive" })
+      assert.strictEqual(logged.length, 1)
+    })))
+
+  it.live("fails when trying again does not mend it, and says what it was", () =>
+    withQueue(Effect.gen(function*() {
+      const { layer, logged } = collecting("Warn")
       yield* rows("alter table pgqueue.setting rename to hidden")
-      yield* rows("commit")
       const error = yield* Effect.flip(
         Effect.scoped(Layer.build(Maintenance.layer({ cleanup: { strategy: "archive" } }))).pipe(Effect.provide(layer))
       )
-      // Not something that trying again mends.
       assert.strictEqual(error._tag, "SqlError")
       assert.match(logged.join(), /the maintenance policy does not go through/)
       yield* rows("alter table pgqueue.hidden rename to setting")

@@ -42,7 +42,7 @@ const rule = <A, E, R>(body: Effect.Effect<A, E, R>) =>
     )
   )
 
-const settlePolicy = (policy: Cleanup.Policy) => Storage.use(({ store }) => store.settlePolicy("cleanup", policy))
+const mergePolicy = (policy: Cleanup.Policy) => Storage.use(({ store }) => store.mergePolicy("cleanup", policy))
 const policy = (name = "cleanup") =>
   value<Record<string, unknown>>("select value from pgqueue.setting where name = $1::text", [name])
 /** Without the lines that are said of it. */
@@ -113,7 +113,7 @@ layer(Storage.layer, { excludeTestServices: true })("cleanup", (it) => {
   it.effect(
     "keeps each status as long as the policy says, for ever too",
     rule(Effect.gen(function*() {
-      yield* settlePolicy({ retention: { completed: Infinity, cancelled: 60 * second, discarded: 0 } })
+      yield* mergePolicy({ retention: { completed: Infinity, cancelled: 60 * second, discarded: 0 } })
       const [completed] = yield* finished("completed", 1e11)
       const [stays] = yield* finished("cancelled", 50 * second)
       yield* finished("cancelled", 70 * second)
@@ -121,7 +121,7 @@ layer(Storage.layer, { excludeTestServices: true })("cleanup", (it) => {
       assert.strictEqual(yield* cleanUp, 2)
       const left = yield* query<{ id: string }>("select id::text as id from pgqueue.finished")
       assert.sameMembers(left.map(({ id }) => id), [completed!, stays!])
-      yield* settlePolicy({ retention: { completed: 1e12 } })
+      yield* mergePolicy({ retention: { completed: 1e12 } })
       assert.strictEqual(yield* cleanUp, 0)
     }))
   )
@@ -164,7 +164,7 @@ layer(Storage.layer, { excludeTestServices: true })("cleanup", (it) => {
     "halves a batch that takes the server too long, and goes on",
     rule(Effect.gen(function*() {
       const { store } = yield* Storage
-      yield* settlePolicy({ strategy: "archive" })
+      yield* mergePolicy({ strategy: "archive" })
       yield* finished("completed", 2 * day, 24)
       yield* query(`create function public.slow() returns trigger language plpgsql as
         $$ begin perform pg_sleep(0.02); return new; end $$`)
@@ -183,7 +183,7 @@ layer(Storage.layer, { excludeTestServices: true })("cleanup", (it) => {
     "touches nothing that is not finished, whatever its age",
     rule(Effect.gen(function*() {
       const { store } = yield* Storage
-      yield* settlePolicy({ retention: { completed: 0, cancelled: 0, discarded: 0 } })
+      yield* mergePolicy({ retention: { completed: 0, cancelled: 0, discarded: 0 } })
       yield* finished("completed", 2 * day, 3)
       yield* claimed(jobs(2))
       const failing = yield* claimed([job()])
@@ -218,7 +218,7 @@ layer(Storage.layer, { excludeTestServices: true })("cleanup", (it) => {
       assert.deepStrictEqual(yield* store.attempts(gone, false), [])
       assert.strictEqual((yield* store.attempts(kept, false)).length, 1)
 
-      yield* settlePolicy({ strategy: "archive" })
+      yield* mergePolicy({ strategy: "archive" })
       yield* age([kept], 2 * day)
       assert.strictEqual(yield* cleanUp, 1)
       assert.strictEqual((yield* store.attempts(kept, false)).length, 1)
@@ -244,7 +244,7 @@ layer(Storage.layer, { excludeTestServices: true })("cleanup", (it) => {
         )
       assert.deepStrictEqual(yield* columns("archive"), yield* columns("finished"))
 
-      yield* settlePolicy({ strategy: "archive" })
+      yield* mergePolicy({ strategy: "archive" })
       const held = yield* claimed([
         keyed("key", { timeout: 1000, trace: "trace", metadata: `{"a":"b"}`, payload: `{"x": 1}` })
       ])
@@ -268,7 +268,7 @@ layer(Storage.layer, { excludeTestServices: true })("cleanup", (it) => {
     "the archive keeps every row: of a key that is used again and again, and of a job that ends again and again",
     rule(Effect.gen(function*() {
       const { store } = yield* Storage
-      yield* settlePolicy({ strategy: "archive" })
+      yield* mergePolicy({ strategy: "archive" })
       const ids: Array<string> = []
       for (let n = 0; n < 20; n++) {
         ids.push(...(yield* ended("completed", [keyed("the one key")])))
@@ -306,7 +306,7 @@ layer(Storage.layer, { excludeTestServices: true })("cleanup", (it) => {
   it.effect(
     "a row that somebody has copied back from the archive leaves again",
     rule(Effect.gen(function*() {
-      yield* settlePolicy({ strategy: "archive" })
+      yield* mergePolicy({ strategy: "archive" })
       const [id] = yield* finished("completed", 2 * day)
       yield* cleanUp
       yield* query("insert into pgqueue.finished select * from pgqueue.archive")
@@ -323,27 +323,27 @@ layer(Storage.layer, { excludeTestServices: true })("cleanup", (it) => {
   it.effect(
     "a policy is added to field by field",
     rule(Effect.gen(function*() {
-      yield* settlePolicy({ strategy: "archive" })
-      yield* settlePolicy({ retention: { completed: 5 } })
-      yield* settlePolicy({ interval: 7, retention: { discarded: Infinity } })
-      yield* settlePolicy({})
+      yield* mergePolicy({ strategy: "archive" })
+      yield* mergePolicy({ retention: { completed: 5 } })
+      yield* mergePolicy({ interval: 7, retention: { discarded: Infinity } })
+      yield* mergePolicy({})
       assert.deepStrictEqual(yield* policy(), {
         strategy: "archive",
         interval: 7,
         retention: { completed: 5, discarded: "Infinity" }
       })
-      yield* settlePolicy({ retention: { completed: 6 } })
+      yield* mergePolicy({ retention: { completed: 6 } })
       assert.deepStrictEqual(yield* policy(), {
         strategy: "archive",
         interval: 7,
         retention: { completed: 6, discarded: "Infinity" }
       })
       const { store } = yield* Storage
-      yield* store.settlePolicy("audit", { interval: 3 })
+      yield* store.mergePolicy("audit", { interval: 3 })
       assert.deepStrictEqual(yield* policy("audit"), { interval: 3 })
       for (const broken of ["[1]", "\"delete\"", "null", "{\"retention\":3}"]) {
         yield* query("update pgqueue.setting set value = $1::text::json where name = 'cleanup'", [broken])
-        yield* settlePolicy({ retention: { completed: 6 } })
+        yield* mergePolicy({ retention: { completed: 6 } })
         assert.deepStrictEqual(yield* policy(), { retention: { completed: 6 } })
       }
     }))
@@ -362,7 +362,7 @@ layer(Storage.layer, { excludeTestServices: true })("cleanup", (it) => {
             { retention: { cancelled: 2 } },
             { retention: { discarded: 3 } }
           ],
-          settlePolicy,
+          mergePolicy,
           { concurrency: "unbounded" }
         )
         assert.deepStrictEqual(yield* policy(), {
@@ -398,7 +398,7 @@ layer(Storage.layer, { excludeTestServices: true })("cleanup", (it) => {
       const cleaning = yield* session
       yield* cleaning.query("begin")
       assert.strictEqual((yield* cleaning.store.prune("completed", 2)).count, 2)
-      const changing = yield* blocked(settlePolicy({ strategy: "archive" }))
+      const changing = yield* blocked(mergePolicy({ strategy: "archive" }))
       yield* cleaning.query("commit")
       yield* join(changing)
       assert.strictEqual(yield* cleanUp, 1)
@@ -412,7 +412,7 @@ layer(Storage.layer, { excludeTestServices: true })("cleanup", (it) => {
       yield* finished("completed", 2 * day, 3)
       const changing = yield* session
       yield* changing.query("begin")
-      yield* changing.store.settlePolicy("cleanup", { strategy: "archive" })
+      yield* changing.store.mergePolicy("cleanup", { strategy: "archive" })
       const cleaning = yield* blocked(cleanUp)
       yield* changing.query("commit")
       assert.strictEqual(yield* join(cleaning), 3)
@@ -428,7 +428,7 @@ layer(Storage.layer, { excludeTestServices: true })("cleanup", (it) => {
     it.effect(
       `a job that somebody is about to ${what} is left to them`,
       rule(Effect.gen(function*() {
-        yield* settlePolicy({ strategy: "archive" })
+        yield* mergePolicy({ strategy: "archive" })
         const [id] = yield* finished("discarded", 8 * day)
         const person = yield* session
         yield* person.query("begin")
@@ -488,7 +488,7 @@ layer(Storage.layer, { excludeTestServices: true })("cleanup", (it) => {
     "eight who clean up at the same time, beside people who retry, remove each job once and lose none",
     rule(Effect.gen(function*() {
       const { store } = yield* Storage
-      yield* settlePolicy({ strategy: "archive" })
+      yield* mergePolicy({ strategy: "archive" })
       const ids: Array<string> = []
       for (let n = 0; n < 10; n++) ids.push(...(yield* finished("discarded", 8 * day, 100)))
       let removed = 0
@@ -583,9 +583,9 @@ layer(Storage.layer, { excludeTestServices: true })("cleanup", (it) => {
       assert.isFalse((yield* store.take("rescue", 3000)).taken)
       assert.isTrue((yield* store.take("rescue", 1000)).taken)
       yield* query("update pgqueue.task set ran_at = clock_timestamp() - interval '2 seconds'")
-      yield* store.settlePolicy("rescue", { interval: 3000 })
+      yield* store.mergePolicy("rescue", { interval: 3000 })
       assert.deepInclude(yield* store.take("rescue", 1000), { taken: false, interval: 3000 })
-      yield* store.settlePolicy("rescue", { interval: 1500 })
+      yield* store.mergePolicy("rescue", { interval: 1500 })
       assert.deepInclude(yield* store.take("rescue", 60_000), { taken: true, interval: 1500 })
     }))
   )
@@ -633,7 +633,7 @@ layer(Storage.layer, { excludeTestServices: true })("cleanup", (it) => {
     "a hundred rounds of cleanup beside everything that makes jobs end touch nothing that has not",
     rule(Effect.gen(function*() {
       const { store } = yield* Storage
-      yield* settlePolicy({ retention: { completed: 0, cancelled: 0, discarded: 0 }, strategy: "archive" })
+      yield* mergePolicy({ retention: { completed: 0, cancelled: 0, discarded: 0 }, strategy: "archive" })
       const me = yield* worker({ lease: 1e12 })
       const verbs = ["completed", "failed", "discarded", "released"] as const
       const mover = Effect.gen(function*() {

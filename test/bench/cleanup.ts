@@ -101,7 +101,7 @@ const show = (what: string, all: ReadonlyArray<Window>) => {
 const compare = Effect.fnUntraced(function*(strategy: string) {
   const sql = yield* SqlClient.SqlClient
   const { store } = (yield* JobQueue).internal
-  yield* store.settlePolicy("cleanup", { strategy, interval: 86_400_000 })
+  yield* store.mergePolicy("cleanup", { strategy, interval: 86_400_000 })
   yield* sql`insert into bench_cleanup.finished (id, kind, queue, priority, status, result, attempt, max_attempts, rescued, snoozed,
       lease, worker, metadata, enqueued_at, scheduled_for, started_at, finished_at, payload)
     select bench_cleanup.uuid_v7(), 'note', 'default', 5, 'completed', '{"ok":true}', 1, 5, 0, 0,
