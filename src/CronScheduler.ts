@@ -82,7 +82,8 @@ export interface LayerOptions {
  * without one the process that started last. A schedule that no running process declares any more goes on; after a quarter
  * of an hour it is marked (`undeclaredAt`) and a warning logged. {@link remove} removes it.
  *
- * Fails with `EnqueueError` when something is wrong with an entry, and with `JobQueueError` when it is the interval.
+ * Fails with `EnqueueError` when something is wrong with an entry, with `JobQueueError` when it is the interval, and with
+ * `SqlError`. Waits while there is no database.
  *
  * **Example** (A process that schedules)
  *
@@ -170,7 +171,8 @@ const start = Effect.fnUntraced(function*<R>(entries: ReadonlyArray<Entry<R>>, o
  *
  * **Details**
  *
- * Nobody declares it, so nobody misses it when the code changes. Fails with `EnqueueError` when something is wrong with it.
+ * Nobody declares it, so nobody misses it when the code changes. One of a lower `version` than its row changes nothing.
+ * Fails with `EnqueueError` when something is wrong with it.
  *
  * **Example** (A report for each customer who wants one)
  *
@@ -207,7 +209,7 @@ export const schedule = Effect.fn("CronScheduler.schedule")(
  */
 export interface Info {
   readonly name: string
-  /** As it is stored: an expression, a name such as `@hourly`, or `@every 90s`. */
+  /** As it is stored: an expression, a name such as `@hourly`, or, of `every`, `@every 90s`. */
   readonly cron: string
   readonly timeZone: string
   readonly kind: string

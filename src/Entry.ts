@@ -42,14 +42,19 @@ export type Overlap = Schedules.Overlap
 export type When = {
   /**
    * A cron expression of five fields, or of six with seconds in front; one of `@yearly`, `@monthly`, `@weekly`, `@daily`,
-   * `@hourly`, `@minutely`; or a `Cron` of Effect.
+   * `@hourly`, `@minutely`; or a `Cron` of Effect. Behind an expression, `dst=both`, `dst=earlier` or `dst=later` says which
+   * of two equal times of day count, and `days=and` that the day of the month and that of the week must both match. Of a
+   * `Cron`, `onDstOverlap: "earlier"` says nothing: it is Effect's default.
    */
   readonly cron: string | Cron.Cron
   readonly every?: undefined
   /** The zone in which the fields are read, by its IANA name or as an offset. Default `"UTC"`, or that of the `Cron`. */
   readonly timeZone?: string | DateTime.TimeZone | undefined
 } | {
-  /** The multiples of this since 1970 in UTC, so that a deploy does not move them. At least a second. */
+  /**
+   * The multiples of this since 1970 in UTC, so that a deploy does not move them. From a second to ten years, in whole
+   * milliseconds.
+   */
   readonly every: Duration.Input
   readonly cron?: undefined
   readonly timeZone?: undefined
@@ -82,7 +87,7 @@ export interface Policy {
   readonly maxAttempts?: number | undefined
   /** Default: the definition's. */
   readonly timeout?: Duration.Input | undefined
-  /** Travels with each job, together with `schedule`: the name. At most 64 KiB as JSON. */
+  /** Travels with each job. `schedule`, the name, is added unless it is given here. At most 64 KiB as JSON. */
   readonly metadata?: Enqueue.Metadata | undefined
   /** Of two processes with different definitions the higher version has its way; of equal ones, the last to start. Default 0. */
   readonly version?: number | undefined

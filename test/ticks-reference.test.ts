@@ -108,9 +108,9 @@ const mixed = [
 
 const expressions = [...rhythms, ...times, ...mixed]
 
-it("covers sixty expressions and twelve zones", () => {
+it("covers sixty expressions and fourteen zones", () => {
   assert.isAtLeast(new Set(expressions).size, 60)
-  assert.isAtLeast(new Set(zones).size, 12)
+  assert.isAtLeast(new Set(zones).size, 14)
 })
 
 // ---------------------------------------------------------------------------
