@@ -118,7 +118,7 @@ export const make = Effect.fnUntraced(function*(store: Store.Store, wakeup: Wake
     yield* episode.succeeded
   })
 
-  const loop = Effect.gen(function*() {
+  const loop = episode.forever(Effect.gen(function*() {
     yield* some.await
     if (urgent.size === 0) yield* Effect.timeoutOption(poke.await, Math.max(1, polledAt + interval - now()))
     poke.closeUnsafe()
@@ -127,10 +127,7 @@ export const make = Effect.fnUntraced(function*(store: Store.Store, wakeup: Wake
     const ids = polls ? [...waiting.keys()] : [...urgent]
     urgent.clear()
     for (let start = 0; start < ids.length; start += most) yield* look(ids.slice(start, start + most))
-  }).pipe(
-    Effect.catchCause((cause) => Effect.andThen(episode.failed(cause), Effect.sleep("200 millis"))),
-    Effect.forever
-  )
+  }))
   yield* Effect.withTracerEnabled(Bounded.fork([loop]), false)
   // Nobody must wait for an answer that will not come.
   yield* Effect.addFinalizer(() =>

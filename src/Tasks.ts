@@ -347,10 +347,7 @@ export const loops = (options: {
         (jitter) => Effect.sleep(Math.min(wait + interval * jitter, longestSleep * (1 + jitter)))
       )
     )
-    return Effect.andThen(pause, turn).pipe(
-      Effect.catchCause((cause) => Effect.andThen(episode.failed(cause), Effect.sleep("200 millis"))),
-      Effect.forever
-    )
+    return episode.forever(Effect.andThen(pause, turn))
   })
 
 /**
@@ -370,15 +367,15 @@ export const unparking = (options: {
   const pause = Effect.suspend(() =>
     Effect.flatMap(Random.nextBetween(0.8, 1.2), (jitter) => Effect.sleep(options.interval * jitter))
   )
-  return Effect.raceFirst(options.latch.await, pause).pipe(
-    Effect.andThen(Effect.suspend(() => {
-      options.latch.closeUnsafe()
-      return unparkOnce(options.store, options.wakeup, options.worker())
-    })),
-    Effect.map(options.onUnparked),
-    Effect.andThen(episode.succeeded),
-    Effect.tapCause(() => options.latch.open),
-    Effect.catchCause((cause) => Effect.andThen(episode.failed(cause), Effect.sleep("200 millis"))),
-    Effect.forever
+  return episode.forever(
+    Effect.raceFirst(options.latch.await, pause).pipe(
+      Effect.andThen(Effect.suspend(() => {
+        options.latch.closeUnsafe()
+        return unparkOnce(options.store, options.wakeup, options.worker())
+      })),
+      Effect.map(options.onUnparked),
+      Effect.andThen(episode.succeeded),
+      Effect.tapCause(() => options.latch.open)
+    )
   )
 }

@@ -128,28 +128,28 @@ export const make = Effect.fnUntraced(function*(options: {
     const all = new Map<string, A>()
     const there = Latch.makeUnsafe(false)
     const episode = Episode.make(what)
-    const loop = Effect.gen(function*() {
-      yield* there.await
-      there.closeUnsafe()
-      while (all.size > 0) {
-        const some = [...all.values()].slice(0, page)
-        yield* Bounded.bounded(store.schedules.expireKeys(some.map(({ name }) => name)), bound)
-        yield* write(some.filter(({ name }) => !held.has(name)))
-        for (const one of some.filter(({ name }) => held.has(name) && !isHeld(name))) {
-          held.delete(one.name)
-          yield* write([one])
+    const loop = episode.forever(
+      Effect.gen(function*() {
+        yield* there.await
+        there.closeUnsafe()
+        while (all.size > 0) {
+          const some = [...all.values()].slice(0, page)
+          yield* Bounded.bounded(store.schedules.expireKeys(some.map(({ name }) => name)), bound)
+          yield* write(some.filter(({ name }) => !held.has(name)))
+          for (const one of some.filter(({ name }) => held.has(name) && !isHeld(name))) {
+            held.delete(one.name)
+            yield* write([one])
+          }
+          for (const { name } of some) all.delete(name)
         }
-        for (const { name } of some) all.delete(name)
-      }
-      yield* episode.succeeded
-    }).pipe(
-      Effect.ensuring(Effect.sync(() => {
-        // What could not be written is still due.
-        all.clear()
-        poke.openUnsafe()
-      })),
-      Effect.catchCause((cause) => Effect.andThen(episode.failed(cause), Effect.sleep("200 millis"))),
-      Effect.forever
+        yield* episode.succeeded
+      }).pipe(
+        Effect.ensuring(Effect.sync(() => {
+          // What could not be written is still due.
+          all.clear()
+          poke.openUnsafe()
+        }))
+      )
     )
     return {
       loop,
@@ -274,16 +274,13 @@ export const make = Effect.fnUntraced(function*(options: {
   })
 
   const firing = Episode.make("the scheduler")
-  const fires = Effect.gen(function*() {
+  const fires = firing.forever(Effect.gen(function*() {
     const wait = yield* round
     yield* firing.succeeded
     // The database's clock may be moved, and others may write schedules: no wait is longer than the interval.
     const pause = Math.min(options.pollInterval, Math.max(1, Math.ceil(wait)))
     yield* Effect.timeoutOption(poke.await, pause)
-  }).pipe(
-    Effect.catchCause((cause) => Effect.andThen(firing.failed(cause), Effect.sleep("200 millis"))),
-    Effect.forever
-  )
+  }))
 
   const marking = Episode.make("saying which schedules are declared")
   const declare = Bounded.bounded(store.schedules.declare(options.declared, declaring.every / 2), bound)
@@ -297,19 +294,19 @@ export const make = Effect.fnUntraced(function*(options: {
       )
     }
   })
-  const marks = Effect.gen(function*() {
-    // Only who has been there for so long can tell that nobody has declared something meanwhile.
-    let rounds = 0
-    while (true) {
-      yield* declare
-      if (rounds * declaring.every > declaring.missedAfter) yield* undeclare
-      yield* marking.succeeded
-      rounds++
-      yield* Effect.flatMap(Random.nextBetween(0.9, 1.1), (jitter) => Effect.sleep(declaring.every * jitter))
-    }
-  }).pipe(
-    Effect.catchCause((cause) => Effect.andThen(marking.failed(cause), Effect.sleep("1 second"))),
-    Effect.forever
+  const marks = marking.forever(
+    Effect.gen(function*() {
+      // Only who has been there for so long can tell that nobody has declared something meanwhile.
+      let rounds = 0
+      while (true) {
+        yield* declare
+        if (rounds * declaring.every > declaring.missedAfter) yield* undeclare
+        yield* marking.succeeded
+        rounds++
+        yield* Effect.flatMap(Random.nextBetween(0.9, 1.1), (jitter) => Effect.sleep(declaring.every * jitter))
+      }
+    }),
+    1000
   )
 
   return [fires, keyed.loop, following.loop, marks]

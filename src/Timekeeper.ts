@@ -135,10 +135,7 @@ export const make = Effect.fnUntraced(function*(options: {
       else options.onDue(queue)
     },
     allDry: () => dry.size === names.length && lookedAt > Math.max(...[...dry.values()].map(({ since }) => since)),
-    run: tick.pipe(
-      Effect.catchCause((cause) => Effect.andThen(episode.failed(cause), Effect.sleep("200 millis"))),
-      Effect.forever
-    )
+    run: episode.forever(tick)
   }
   return timekeeper
 })
