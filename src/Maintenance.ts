@@ -183,7 +183,10 @@ const isEnding = (name: string): name is Cleanup.Ending => Cleanup.endings.some(
 
 const parts = new Set(["weeks", "days", "hours", "minutes", "seconds", "milliseconds", "microseconds", "nanoseconds"])
 
-/** A `Duration.Input` may be an object too, with the names of its parts. One with a word misspelt is neither. */
+/**
+ * A `Duration.Input` may be an object too, with the names of its parts. One with a word misspelt is neither, and one with both
+ * is refused for the part: as a duration it would count for every status.
+ */
 const isPerStatus = (retention: Duration.Input | Retention): retention is Retention =>
   typeof retention === "object" && !Duration.isDuration(retention) && !Array.isArray(retention) &&
-  !Object.keys(retention).some((name) => parts.has(name))
+  (Object.keys(retention).some(isEnding) || !Object.keys(retention).some((name) => parts.has(name)))

@@ -136,6 +136,7 @@ describe("a maintenance layer", () => {
         { cleanup: { retention: 0 } },
         { cleanup: { retention: "a day" as "1 day" } },
         { cleanup: { retention: { complete: "1 day" } as Maintenance.Retention } },
+        { cleanup: { retention: { completed: "1 day", minutes: 3 } } },
         { cleanup: { strategy: "archive", retention: { completed: "1 day", discarded: NaN } } }
       ]
       for (const options of wrong) {
