@@ -61,7 +61,7 @@ const operate = Effect.gen(function*() {
   yield* CronScheduler.pause("report:acme") // no ticks until it is resumed
   yield* CronScheduler.resume("report:acme")
   yield* CronScheduler.remove("report:acme")
-  // The ticks of a span of the past that have no job yet.
+  // The ticks of a span of the past of which no job is there.
   return yield* CronScheduler.backfill("nightly-report", {
     from: DateTime.makeUnsafe("2026-03-27T00:00:00Z"),
     to: DateTime.makeUnsafe("2026-03-30T00:00:00Z")

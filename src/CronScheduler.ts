@@ -385,9 +385,9 @@ export const remove = Effect.fn("CronScheduler.remove")(
  *
  * **Details**
  *
- * Ticks whose job is there, or whose finished job is kept, have no second one. With `overlap: "queue"` they wait for each
- * other and for the job of an earlier tick, otherwise they run at once. What is not past yet is left to the schedule. At most
- * 10 000 ticks, all or none.
+ * Ticks whose job is there, or whose finished job is kept, have no second one; those whose finished job has been removed, to
+ * the archive too, have. With `overlap: "queue"` they wait for each other and for the job of an earlier tick, otherwise they
+ * run at once. What is not past yet is left to the schedule. At most 10 000 ticks, all or none.
  *
  * `ticks` is how many there are in that span, `enqueued` how many of them have a new job, `waiting` how many wait for one.
  *
