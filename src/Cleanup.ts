@@ -29,7 +29,7 @@ export interface Turn {
 /** What a policy says, every field of it; `retention` in milliseconds, `Infinity` for ever. */
 export interface Policy {
   readonly interval?: number
-  readonly strategy?: string
+  readonly strategy?: "delete" | "archive"
   readonly retention?: { readonly [E in Ending]?: number }
 }
 

@@ -87,7 +87,9 @@ export interface ScheduleRow {
  * Builds the statements for one quoted schema.
  */
 const statements = (s: string) => {
-  // What is due may be in somebody's hands for long, and must not hide when the next tick is due.
+  // Each part reads one entry, or all, of a partial index: schedules that have nothing to do cost nothing. What is due may be in
+  // somebody's hands for long, and must not hide when the next tick is due. Of those that wait, free ones come first, because
+  // something is to be done for them. `offset 0` keeps the look at the job a look-up: see `Insertion`.
   const look = `select exists (select 1 from ${s}.schedule where next_at <= statement_timestamp()) as due,
       (select ${
     millis("next_at - clock_timestamp()")
@@ -132,8 +134,8 @@ const statements = (s: string) => {
       ", "
     )
   // In the order of their names, so that two processes that start cannot deadlock, and only those that differ, so that nobody
-  // waits for one that stays as it is. A schedule that keeps its times keeps its
-  // next tick, also one that is overdue; one that changes them has none before the last one that it had.
+  // waits for one that stays as it is. A schedule that keeps its times keeps its next tick, also one that is overdue; one that
+  // changes them has none before the last one that it had.
   const register = `with input as materialized (
       select i.name, i.spec, i.time_zone, i.kind, i.queue, i.priority, i.max_attempts, nullif(i.timeout_ms, '')::int8 as timeout_ms,
         i.payload, i.metadata, i.missed, i.missed_window_ms::float8::int8 as missed_window_ms, i.overlap, i.jitter_ms::float8::int8 as jitter_ms,

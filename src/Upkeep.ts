@@ -17,11 +17,11 @@ const statementTimeout = 20_000
 /** With these, what is oldest is read in the order of an index, however much or little the statistics make of it. */
 const inOrder = { enable_sort: "off", enable_bitmapscan: "off", enable_seqscan: "off" }
 
-/** The first lane of parked jobs: those of kinds that no live worker lists wait in 200 + priority. */
-const parkedLane = 200
 /** For how long one has to have watched a worker with a longer lease than this, in milliseconds. */
 const longestWatch = 600_000
 
+/** The first lane of parked jobs: those of kinds that no live worker lists wait in 200 + priority. */
+const parkedLane = 200
 const parkedLanes = [0, 1, 2, 3, 4, 5, 6, 7, 8, 9].map((priority) => parkedLane + priority)
 
 /**

@@ -59,7 +59,7 @@ const check = Effect.fnUntraced(function*(schedules: number, seconds: number) {
 })
 
 /** Stops firing for good, so that what is there can be looked at. */
-const settleDown = Effect.fnUntraced(function*(fleet: ReadonlyArray<{ readonly current: () => Program }>) {
+const holdStill = Effect.fnUntraced(function*(fleet: ReadonlyArray<{ readonly current: () => Program }>) {
   yield* Effect.forEach(fleet, ({ current }) => current().kill("SIGSTOP"))
   // What was on its way has arrived.
   yield* untilValue(
@@ -97,7 +97,7 @@ describe("scheduler processes", () => {
           yield* stopped.kill("SIGCONT")
           yield* Effect.sleep(every / 2)
         }
-        yield* settleDown(fleet)
+        yield* holdStill(fleet)
         const all = yield* check(50, seconds - 1)
         const late = (yield* rows<{ late: number }>(
           `select (extract(epoch from enqueued_at - scheduled_for) * 1000)::float8 as late from pgqueue.job where scheduled_for > $1::timestamptz`,
@@ -139,7 +139,7 @@ describe("scheduler processes", () => {
           yield* stopped.kill("SIGCONT")
           yield* ticks(20)
         }
-        yield* settleDown(fleet.map((one) => ({ current: () => one })))
+        yield* holdStill(fleet.map((one) => ({ current: () => one })))
         yield* check(20, 3)
       })),
     long ? 240_000 : 60_000
@@ -157,7 +157,7 @@ describe("scheduler processes", () => {
         "select count(*) >= 100 from pgqueue.job",
         true
       )
-      yield* settleDown(fleet.map((one) => ({ current: () => one })))
+      yield* holdStill(fleet.map((one) => ({ current: () => one })))
       yield* check(20, 3)
     })))
 
@@ -186,7 +186,7 @@ describe("scheduler processes", () => {
           yield* victim.ended
           yield* until("it is there again", Effect.sync(() => kept.current() !== victim && kept.current().running()))
         }
-        yield* settleDown(fleet)
+        yield* holdStill(fleet)
         yield* check(20, 3)
       })),
     kills * 5000 + 60_000

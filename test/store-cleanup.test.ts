@@ -361,7 +361,7 @@ layer(Storage.layer, { excludeTestServices: true })("cleanup", (it) => {
             { retention: { completed: 1 } },
             { retention: { cancelled: 2 } },
             { retention: { discarded: 3 } }
-          ],
+          ] satisfies ReadonlyArray<Cleanup.Policy>,
           mergePolicy,
           { concurrency: "unbounded" }
         )
