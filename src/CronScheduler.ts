@@ -3,7 +3,7 @@
  *
  * Schedules are rows. Those declared in code are written when their layer is built, others at run time, and every scheduler
  * sees all of them. Inside `sql.withTransaction` of the queue's client, what is done to a schedule is part of that
- * transaction.
+ * transaction; in one of another client it fails with `EnqueueError` (`ForeignTransaction`), because it would not be.
  *
  * @since 0.1.0
  */
@@ -43,6 +43,12 @@ export class NoSuchSchedule extends Schema.TaggedError<NoSuchSchedule>()("NoSuch
     return `there is no schedule "${this.name}"`
   }
 }
+
+/** As `here`, for what changes something: in a transaction of another client it would not be part of that. */
+const writing = Effect.flatMap(
+  JobQueue,
+  ({ internal }) => Effect.map(internal.inTransaction(() => ""), (inside) => ({ ...internal, inside }))
+)
 
 /** Adds the first ticks, by the database's clock. */
 const registrations = Effect.fnUntraced(function*(
@@ -193,7 +199,7 @@ const start = Effect.fnUntraced(function*<R>(entries: ReadonlyArray<Entry<R>>, o
  */
 export const schedule = Effect.fn("CronScheduler.schedule")(
   function*<R>(entry: Entry<R>): Effect.fn.Return<void, Enqueue.EnqueueError | SqlError, JobQueue | R> {
-    const { inside, store, wakeup } = yield* here
+    const { inside, store, wakeup } = yield* writing
     const resolved = yield* entry[TypeId]
     const [one] = yield* registrations(store, [resolved], inside)
     yield* store.schedules.register([one!], false, inside)
@@ -305,8 +311,8 @@ const found = (name: string, there: boolean) => there ? Effect.void : Effect.fai
  * @since 0.1.0
  */
 export const pause = Effect.fn("CronScheduler.pause")(
-  function*(name: string): Effect.fn.Return<void, NoSuchSchedule | SqlError, JobQueue> {
-    const { inside, store } = yield* here
+  function*(name: string): Effect.fn.Return<void, NoSuchSchedule | Enqueue.EnqueueError | SqlError, JobQueue> {
+    const { inside, store } = yield* writing
     yield* found(name, yield* store.schedules.pause(name, inside))
   }
 )
@@ -323,8 +329,8 @@ export const pause = Effect.fn("CronScheduler.pause")(
  * @since 0.1.0
  */
 export const resume = Effect.fn("CronScheduler.resume")(
-  function*(name: string): Effect.fn.Return<void, NoSuchSchedule | SqlError, JobQueue> {
-    const { inside, store, wakeup } = yield* here
+  function*(name: string): Effect.fn.Return<void, NoSuchSchedule | Enqueue.EnqueueError | SqlError, JobQueue> {
+    const { inside, store, wakeup } = yield* writing
     const next = (row: Schedules.OneRow) => nextOf(row.spec, row.time_zone, Math.max(row.now, row.previous ?? row.now))
     yield* found(name, yield* store.schedules.resume(name, next, inside))
     yield* announce(wakeup.scheduled)
@@ -344,8 +350,10 @@ export const resume = Effect.fn("CronScheduler.resume")(
  * @since 0.1.0
  */
 export const trigger = Effect.fn("CronScheduler.trigger")(
-  function*(name: string): Effect.fn.Return<Enqueue.Enqueued, NoSuchSchedule | SqlError, JobQueue> {
-    const { inside, store, wakeup } = yield* here
+  function*(
+    name: string
+  ): Effect.fn.Return<Enqueue.Enqueued, NoSuchSchedule | Enqueue.EnqueueError | SqlError, JobQueue> {
+    const { inside, store, wakeup } = yield* writing
     while (true) {
       const id = SecureRandom.uuidV7Unsafe()
       const done = yield* store.schedules.trigger(name, id, inside)
@@ -374,8 +382,8 @@ export const trigger = Effect.fn("CronScheduler.trigger")(
  * @since 0.1.0
  */
 export const remove = Effect.fn("CronScheduler.remove")(
-  function*(name: string): Effect.fn.Return<void, NoSuchSchedule | SqlError, JobQueue> {
-    const { inside, store } = yield* here
+  function*(name: string): Effect.fn.Return<void, NoSuchSchedule | Enqueue.EnqueueError | SqlError, JobQueue> {
+    const { inside, store } = yield* writing
     yield* found(name, yield* store.schedules.remove(name, inside))
   }
 )
@@ -385,8 +393,8 @@ export const remove = Effect.fn("CronScheduler.remove")(
  *
  * **Details**
  *
- * Ticks whose job is there, or whose finished job is kept, have no second one; those whose finished job has been removed, to
- * the archive too, have. With `overlap: "queue"` they wait for each other and for the job of an earlier tick, otherwise they
+ * Ticks whose job is there, finished and archived ones included, have no second one; those whose finished job has been deleted
+ * have. With `overlap: "queue"` they wait for each other and for the job of an earlier tick, otherwise they
  * run at once. What is not past yet is left to the schedule. At most 10 000 ticks, all or none.
  *
  * `ticks` is how many there are in that span, `enqueued` how many of them have a new job, `waiting` how many wait for one.
@@ -421,7 +429,7 @@ export const backfill = Effect.fn("CronScheduler.backfill")(
     NoSuchSchedule | Enqueue.EnqueueError | SqlError,
     JobQueue
   > {
-    const { inside, store, wakeup } = yield* here
+    const { inside, store, wakeup } = yield* writing
     const [from, to] = [Enqueue.epochMillis(span.from), Enqueue.epochMillis(span.to)]
     const invalid = (message: string) =>
       new Enqueue.EnqueueError({ kind: "", reason: "InvalidOption", message: `the schedule "${name}": ${message}` })

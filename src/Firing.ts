@@ -107,6 +107,7 @@ const statements = (s: string) => {
         greatest(clock.now, w.at + w.spread * interval '1 millisecond') as run_at
       from wanted w join mine m using (name) cross join clock
       where not exists (select 1 from ${s}.finished f where f.id = w.id offset 0)
+        and not exists (select 1 from ${s}.archive a where a.id = w.id offset 0)
         and not exists (select 1 from ${s}.job j where j.id = w.id offset 0)
     ), keys as (
       insert into ${s}.unique_key (key, job, until, expires_at)
@@ -133,6 +134,7 @@ const statements = (s: string) => {
   // job, does not begin to wait: that job may be forgotten by the time it would be its turn.
   const ticks = `ticks as materialized (
       select t.*, t.heeded = 'queue' and (t.n > 1 or t.busy) and not exists (select 1 from ${s}.finished f where f.id = t.id offset 0)
+        and not exists (select 1 from ${s}.archive a where a.id = t.id offset 0)
         and not exists (select 1 from ${s}.job j where j.id = t.id offset 0) as waits
       from (
         select t.name, t.at, ${s}.tick_id(t.name, t.at) as id, m.busy, m.heeded, m.jitter_ms,

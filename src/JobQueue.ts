@@ -80,6 +80,8 @@ export class JobQueue extends Context.Service<JobQueue, {
     readonly database: Database.Database
     readonly store: Store.Store
     readonly wakeup: Wakeup.Wakeup
+    /** Whether the fiber is in a transaction of the queue's client. Fails in one of another client, unless that is allowed. */
+    readonly inTransaction: (kind: () => string) => Effect.Effect<boolean, EnqueueError>
   }
 }>()("effect-pgqueue/JobQueue") {
   /**
@@ -282,7 +284,7 @@ const make = Effect.fnUntraced(function*(options: Options) {
               executeError("", "InTransaction", "the job would only be visible after the transaction that waits for it")
             )
             : waitFor(job, wait))),
-    internal: { database, store, wakeup }
+    internal: { database, store, wakeup, inTransaction }
   })
 })
 

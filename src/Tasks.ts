@@ -50,6 +50,9 @@ const bound = 30_000
 /** After how long to ask whose turn it is in any case, in milliseconds: the interval may have become shorter. */
 const longestSleep = 60_000
 
+/** How often at most a turn that lasts is renewed, in milliseconds. */
+const shortestRenewal = 100
+
 /** How long the question whose turn it is may take, in milliseconds. */
 const askBound = 10_000
 
@@ -168,7 +171,6 @@ export const auditOnce = Effect.fnUntraced(function*(
 const removeAll = Effect.fnUntraced(function*(
   store: Store.Store,
   remove: (limit: number, after: string | undefined) => Effect.Effect<Cleanup.Removed, SqlError>,
-  renew: Effect.Effect<void, SqlError | Bounded.TimedOut>,
   timeout?: number
 ) {
   const rows = halving(removals)
@@ -183,7 +185,6 @@ const removeAll = Effect.fnUntraced(function*(
     if (count < full || last === null) return total
     after = last
     yield* Effect.sleep(Math.min(longestRest, rest * Duration.toMillis(took)))
-    yield* renew
   }
 })
 
@@ -193,15 +194,14 @@ const removeAll = Effect.fnUntraced(function*(
  */
 export const cleanUpOnce = Effect.fnUntraced(function*(
   store: Store.Store,
-  renew: Effect.Effect<void, SqlError | Bounded.TimedOut> = Effect.void,
   timeout?: number
 ) {
   const exits = yield* Effect.forEach(
     Cleanup.endings,
-    (ending) => Effect.exit(removeAll(store, (limit, after) => store.prune(ending, limit, after), renew, timeout))
+    (ending) => Effect.exit(removeAll(store, (limit, after) => store.prune(ending, limit, after), timeout))
   )
   const jobs = exits.reduce((sum, exit) => sum + (Exit.isSuccess(exit) ? exit.value : 0), 0)
-  if (jobs > 0) yield* Effect.logInfo(`effect-pgqueue: ${jobs} finished jobs were past their retention`)
+  if (jobs > 0) yield* Effect.logDebug(`effect-pgqueue: ${jobs} finished jobs were past their retention`)
   for (const exit of exits) yield* exit
   return jobs
 })
@@ -209,13 +209,10 @@ export const cleanUpOnce = Effect.fnUntraced(function*(
 /**
  * Removes every unique key whose period is over.
  */
-export const expireOnce = (
-  store: Store.Store,
-  renew: Effect.Effect<void, SqlError | Bounded.TimedOut> = Effect.void
-) =>
+export const expireOnce = (store: Store.Store) =>
   Effect.tap(
-    removeAll(store, store.expire, renew),
-    (keys) => keys > 0 ? Effect.logInfo(`effect-pgqueue: ${keys} unique keys had expired`) : Effect.void
+    removeAll(store, store.expire),
+    (keys) => keys > 0 ? Effect.logDebug(`effect-pgqueue: ${keys} unique keys had expired`) : Effect.void
   )
 
 /** How long at least from one turn of a task to the next, in all processes together, in milliseconds. */
@@ -234,8 +231,6 @@ export const defaults: Intervals = { rescue: 15_000, parking: 15_000, audit: 15_
 interface Having {
   readonly standing: Contact.Standing | undefined
   readonly position: string | undefined
-  /** Says that the turn goes on. */
-  readonly renew: Effect.Effect<void, SqlError | Bounded.TimedOut>
 }
 
 interface Task {
@@ -270,9 +265,9 @@ const tasks = (store: Store.Store, wakeup: Wakeup.Wakeup): ReadonlyArray<Task> =
     name: "cleanup",
     what: "the cleanup of finished jobs",
     judges: false,
-    once: ({ renew }) => cleanUpOnce(store, renew)
+    once: () => cleanUpOnce(store)
   },
-  { name: "keys", what: "the removal of expired keys", judges: false, once: ({ renew }) => expireOnce(store, renew) }
+  { name: "keys", what: "the removal of expired keys", judges: false, once: () => expireOnce(store) }
 ]
 
 /** Runs a turn in a span of its own and measures it. Without spans of its statements: there may be thousands. */
@@ -332,12 +327,16 @@ export const loops = (options: {
       wait = answer.wait
       if (!answer.taken) return
       wait = interval
-      const renew = Effect.suspend(() => {
-        if (now() - renewed < interval / 3) return Effect.void
-        renewed = now()
-        return Bounded.bounded(store.renew(task.name), askBound)
-      })
-      yield* measured(task, { standing, position: answer.position, renew })
+      // Beside the turn: a batch, and the rest after it, may be longer than the interval.
+      const renewing = Effect.sleep(Math.max(shortestRenewal, interval / 3)).pipe(
+        Effect.andThen(Effect.suspend(() => {
+          renewed = now()
+          return Effect.ignoreCause(Bounded.bounded(store.renew(task.name), askBound))
+        })),
+        Effect.forever,
+        Effect.withTracerEnabled(false)
+      )
+      yield* Effect.raceFirst(measured(task, { standing, position: answer.position }), renewing)
       yield* episode.succeeded
       wait = Math.max(0, interval - (now() - renewed))
     })

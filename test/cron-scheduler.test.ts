@@ -1,9 +1,23 @@
 /** Schedulers as an application sees them. */
 import { PgClient } from "@effect/sql-pg"
 import { assert, describe, it } from "@effect/vitest"
-import { DateTime, Deferred, Duration, Effect, Exit, Layer, Logger, Option, Redacted, Schema, Scope } from "effect"
+import {
+  Context,
+  DateTime,
+  Deferred,
+  Duration,
+  Effect,
+  Exit,
+  Layer,
+  Logger,
+  Option,
+  Redacted,
+  Schema,
+  Scope
+} from "effect"
 import { SqlClient } from "effect/sql"
 import { CronScheduler, Job, JobQueue, Worker } from "../src/index.ts"
+import { clientLayer } from "./support/database.ts"
 import { Ledger } from "./support/ledger.ts"
 import { makeLink } from "./support/link.ts"
 import { makeProxy } from "./support/proxy.ts"
@@ -637,6 +651,25 @@ describe("people", () => {
         assert.strictEqual(error._tag, "EnqueueError")
       }
       assert.strictEqual(yield* countOf("minutely"), 0)
+    })))
+
+  it.live("are refused in a transaction of another client, which would not undo it", () =>
+    withQueue(Effect.gen(function*() {
+      yield* CronScheduler.schedule(everySecond("s"))
+      const other = Context.get(yield* Layer.build(Layer.fresh(clientLayer())), SqlClient.SqlClient)
+      const span = { from: DateTime.makeUnsafe(0), to: DateTime.makeUnsafe(1) }
+      const acts: ReadonlyArray<Effect.Effect<unknown, { readonly _tag: string }, JobQueue>> = [
+        CronScheduler.schedule(everySecond("t")),
+        CronScheduler.pause("s"),
+        CronScheduler.resume("s"),
+        CronScheduler.remove("s"),
+        CronScheduler.trigger("s"),
+        CronScheduler.backfill("s", span)
+      ]
+      for (const act of acts) {
+        assert.propertyVal(yield* Effect.flip(other.withTransaction(act)), "reason", "ForeignTransaction")
+      }
+      assert.strictEqual((yield* other.withTransaction(CronScheduler.list)).length, 1)
     })))
 
   it.live("are told when there is no such schedule", () =>

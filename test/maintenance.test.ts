@@ -257,7 +257,7 @@ describe("the tasks", () => {
     withQueue(Effect.gen(function*() {
       const trace = tracing()
       yield* finished(1000, 2 * day)
-      // A batch takes 0.2 s, and the pause after it some more.
+      // A batch and the rest after it take 1 s, longer than the interval.
       yield* rows(`create function public.slow() returns trigger language plpgsql as
         $$ begin perform pg_sleep(0.2); return null; end $$`)
       yield* rows(
@@ -265,7 +265,7 @@ describe("the tasks", () => {
       )
       for (let n = 0; n < 3; n++) {
         yield* running(
-          Maintenance.layer({ cleanup: { interval: 2000, strategy: "archive" } }).pipe(
+          Maintenance.layer({ cleanup: { interval: 800, strategy: "archive" } }).pipe(
             Layer.provide(queueLayer()),
             Layer.provide(trace.layer)
           )

@@ -170,7 +170,7 @@ layer(Storage.layer, { excludeTestServices: true })("cleanup", (it) => {
         $$ begin perform pg_sleep(0.02); return new; end $$`)
       yield* query("create trigger slow before insert on pgqueue.archive for each row execute function public.slow()")
       // All at once take half a second.
-      const removed = yield* Tasks.cleanUpOnce(store, Effect.void, 200).pipe(
+      const removed = yield* Tasks.cleanUpOnce(store, 200).pipe(
         Effect.ensuring(Effect.orDie(query("drop function public.slow cascade")))
       )
       assert.strictEqual(removed, 24)

@@ -553,10 +553,14 @@ layer(Storage.layer, { excludeTestServices: true })("schedules", (it) => {
     }))
   )
 
+  const archive = query(
+    `with gone as (delete from pgqueue.finished returning *) insert into pgqueue.archive select * from gone`
+  )
   for (
     const [how, prepare, again] of [
       ["is there", Effect.void, 1],
       ["has ended", complete, 0],
+      ["is archived", Effect.andThen(complete, archive), 0],
       [
         "runs",
         Effect.gen(function*() {

@@ -321,10 +321,10 @@ describe("a schedule", () => {
 
   it("is acted on with typed errors", () => {
     expectTypeOf(CronScheduler.pause("n")).toEqualTypeOf<
-      Effect.Effect<void, CronScheduler.NoSuchSchedule | SqlError.SqlError, JobQueue>
+      Effect.Effect<void, CronScheduler.NoSuchSchedule | Job.EnqueueError | SqlError.SqlError, JobQueue>
     >()
     expectTypeOf(CronScheduler.trigger("n")).toEqualTypeOf<
-      Effect.Effect<Job.Enqueued, CronScheduler.NoSuchSchedule | SqlError.SqlError, JobQueue>
+      Effect.Effect<Job.Enqueued, CronScheduler.NoSuchSchedule | Job.EnqueueError | SqlError.SqlError, JobQueue>
     >()
     expectTypeOf(CronScheduler.list).toEqualTypeOf<
       Effect.Effect<ReadonlyArray<CronScheduler.Info>, SqlError.SqlError, JobQueue>
