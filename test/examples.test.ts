@@ -34,7 +34,8 @@ const examples: Readonly<Record<string, ReadonlyArray<string>>> = {
   "50-cron.ts": ["two pulses, ", "nightly-report: 20", "3 reports made up"],
   "60-families-and-middleware.ts": ["report:stock of day 2", "job report:stock completed in"],
   "70-results-and-progress.ts": ["21 degrees in Rome", "there is no Atlantis", "Oslo was cancelled"],
-  "80-operations.ts": ["deliver is discarded after 1 of 1 attempts", "1 redriven, 2 completed"]
+  "80-operations.ts": ["deliver is discarded after 1 of 1 attempts", "1 redriven, 2 completed"],
+  "90-two-queues.ts": ["charged 990, sent to ada"]
 }
 
 /** Runs a program on a database of its own. */
