@@ -429,4 +429,35 @@ describe("a database clock that was moved", () => {
         yield* assertRows("select id::text from pgqueue.worker order by id", workers)
       })))
   }
+
+  // Short leases are outlived by steps that nobody reports.
+  for (const by of [4500, -4500]) {
+    it.live(`by ${by / 1000} s: no worker with a shorter lease is declared dead, and later the dead are`, () =>
+      withClock(Effect.gen(function*() {
+        const short = { ...timing, heartbeat: 1000, lease: 3000, pollInterval: 400 } as const
+        yield* Never.enqueueAll(Array.from({ length: 20 }, () => undefined))
+        for (let n = 0; n < 2; n++) {
+          yield* running(Worker.layer({ ...short, jobs: [Never] }).pipe(Layer.provide(NeverHandler)))
+        }
+        yield* untilValue("select count(*)::int from pgqueue.ready", 0)
+        yield* untilValue("select count(*)::int from pgqueue.task where name = 'rescue'", 1)
+        const workers = yield* rows("select id::text from pgqueue.worker order by id")
+        assert.strictEqual(workers.length, 2)
+        const beats = value<string>("select max(beat_at)::text from pgqueue.worker")
+        for (let round = 0; round < 2; round++) {
+          const beat = yield* beats
+          yield* until("a beat", Effect.map(beats, (last) => last !== beat))
+        }
+        yield* moveClock(by)
+        yield* Effect.sleep(4000)
+        yield* assertRows("select id::text from pgqueue.worker order by id", workers)
+        assert.strictEqual(yield* value("select coalesce(sum(rescued), 0)::int from pgqueue.job"), 0)
+        yield* rows(
+          `insert into pgqueue.worker (id, name, queues, kinds, prefixes, lease_ms, beat_at)
+           values (gen_random_uuid(), 'dies', '{}', '{}', '{}', 1000, testclock.clock_timestamp())`
+        )
+        yield* untilValue("select count(*)::int from pgqueue.worker", 2)
+        yield* assertRows("select id::text from pgqueue.worker order by id", workers)
+      })))
+  }
 })
