@@ -21,6 +21,8 @@ export interface Standing {
   readonly clock: number
   /** For how long it has been in touch without a gap and the clock has not been moved, in milliseconds. */
   readonly watched: number
+  /** By how much the clock may have been moved meanwhile all the same, in milliseconds: in steps too small to be reported. */
+  readonly doubt: number
 }
 
 /**
@@ -34,7 +36,14 @@ export interface Contact {
   readonly heard: (sent: number, received: number, clock: number) => number
   /** Where the database's clock should be now. */
   readonly expected: (now: number) => number
+  /** The sum of the smaller steps of the last while: by so much everybody may look more silent than he is. */
+  readonly doubt: (now: number) => number
 }
+
+/** Less than this, in milliseconds, is the drift of two clocks. */
+const smallestStep = 50
+/** For how long a small step counts, in milliseconds: who beats more rarely has a lease that it does not matter to. */
+const memory = 600_000
 
 /**
  * Begins to compare the database's clock with the monotonic one of this process.
@@ -47,6 +56,9 @@ export interface Contact {
 export const make = (): Contact => {
   let low = -Infinity
   let high = Infinity
+  let doubt = 0
+  let doubtUntil = -Infinity
+  const doubtAt = (now: number) => now < doubtUntil ? doubt : 0
   return {
     heard: (sent, received, clock) => {
       const [from, to] = [clock - received, clock - sent]
@@ -54,9 +66,16 @@ export const make = (): Contact => {
       const apart = moved !== 0
       low = apart ? from : Math.max(low, from)
       high = apart ? to : Math.min(high, to)
-      return Math.abs(moved) > clockTolerance ? moved : 0
+      const by = Math.abs(moved)
+      if (by > clockTolerance) return moved
+      if (by > smallestStep) {
+        doubt = Math.min(clockTolerance, doubtAt(received) + by)
+        doubtUntil = received + memory
+      }
+      return 0
     },
-    expected: (now) => now + (low + high) / 2
+    expected: (now) => now + (low + high) / 2,
+    doubt: doubtAt
   }
 }
 
@@ -106,7 +125,7 @@ export const watch = Effect.fnUntraced(function*(options: {
   return {
     standing: (): Standing | undefined =>
       inTime() && now() - since >= options.lease
-        ? { clock: contact.expected(now()), watched: now() - since }
+        ? { clock: contact.expected(now()), watched: now() - since, doubt: contact.doubt(now()) }
         : undefined,
     run: Effect.forever(Effect.andThen(ask, Effect.sleep(options.every)))
   }

@@ -199,7 +199,7 @@ export const make = Effect.fnUntraced(function*(options: {
     alive,
     standing: () =>
       !lost && inTime() && now() - aliveSince >= options.lease
-        ? { clock: contact.expected(now()), watched: now() - aliveSince }
+        ? { clock: contact.expected(now()), watched: now() - aliveSince, doubt: contact.doubt(now()) }
         : undefined,
     doubt: () => {
       doubted = now()

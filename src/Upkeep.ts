@@ -31,15 +31,18 @@ const statements = (s: string) => {
   // Skipped when locked and judged again after a lock was waited for: a late beat wins or loses cleanly. Not at all when the
   // clock is not where whoever judges expects it: after a step forward everybody looks dead. Nor by one who has watched for
   // less than the lease: whoever lives has had the time to beat since the clock was last moved. Then a beat in the future is
-  // from before it went back, and so may be the start of the server.
+  // from before it went back, and so may be the start of the server. A smaller step is allowed for: it may be longer than a
+  // short lease.
+  const lease =
+    "(w.lease_ms + case when $1::text = '' then 0 else abs(extract(epoch from clock_timestamp()) * 1000 - $1::float8) + $3::float8 end) * interval '1 millisecond'"
   const reap = `delete from ${s}.worker where id = any (array(
       select w.id from ${s}.worker w
       where case when $1::text = '' then true
           else abs(extract(epoch from clock_timestamp()) * 1000 - $1::float8) <= ${clockTolerance} end
         and case when $2::text = '' then true else least(w.lease_ms, ${longestWatch}) <= $2::float8 end
-        and (w.beat_at > clock_timestamp() + w.lease_ms * interval '1 millisecond' or greatest(
+        and (w.beat_at > clock_timestamp() + ${lease} or greatest(
           w.beat_at, case when pg_postmaster_start_time() <= clock_timestamp() then pg_postmaster_start_time() end
-        ) < clock_timestamp() - w.lease_ms * interval '1 millisecond')
+        ) < clock_timestamp() - ${lease})
       order by w.id for update skip locked))
     returning id::text as id`
 
@@ -191,7 +194,12 @@ export const make = (db: Database.Database, s: string) => {
      * expected, and only those with a lease as long as they have been watched.
      */
     reapWorkers: (standing?: Standing): Effect.Effect<ReadonlyArray<{ readonly id: string }>, SqlError> =>
-      db.query(texts.reap, standing === undefined ? ["", ""] : [String(standing.clock), String(standing.watched)]),
+      db.query(
+        texts.reap,
+        standing === undefined
+          ? ["", "", "0"]
+          : [String(standing.clock), String(standing.watched), String(standing.doubt)]
+      ),
 
     /**
      * Parks jobs of kinds that no live worker lists: of each lane those among the first `limit` due ones. Returns how many.

@@ -194,7 +194,7 @@ const look = Effect.fnUntraced(function*(at: Filled) {
   yield* explain("release", texts.release, [at.me, [...new Set(entries.map((one) => one.lease))]])
   yield* explain("beat", texts.beat, [at.me])
   yield* explain("look", texts.look, [["default", "nothing"], at.lanes, ["10000000000000", "20"]])
-  yield* explain("reap", texts.reap, ["", ""])
+  yield* explain("reap", texts.reap, ["", "", "0"])
 
   const idsOf = (table: string, count: number) =>
     Effect.map(
