@@ -341,6 +341,23 @@ describe("a scheduler", () => {
       assert.isBelow(quantile(yield* lateness("free"), 0.5), 300)
     })))
 
+  it.live("is on time while a process is frozen that has written the schedules and not committed", () =>
+    withQueue(Effect.gen(function*() {
+      const link = yield* makeLink(yield* databaseUrl)
+      const queue = Layer.provideMerge(JobQueue.layer(), PgClient.layer({ url: Redacted.make(link.url) }))
+      const names = Array.from({ length: 5 }, (_, n) => `s${n}`)
+      yield* scheduling(names.map((name) => everySecond(name)))
+      yield* untilTicks("s0", 1)
+      const frozen = yield* Deferred.make<void>()
+      link.strike({ text: "written as (", at: "sent" }, () => Deferred.doneUnsafe(frozen, Effect.void))
+      yield* Effect.forkScoped(
+        scheduling(names.map((name) => everySecond(name, { priority: "high" })), {}, queue as never)
+      )
+      yield* Deferred.await(frozen)
+      yield* untilTicks("s0", 8)
+      assert.isBelow(Math.max(...(yield* lateness("s0"))), 5000)
+    })))
+
   it.live("is on time with the others while a stranger's transaction has taken the key of one", () =>
     withQueue(Effect.gen(function*() {
       yield* Effect.forEach(
