@@ -17,7 +17,7 @@ import {
 } from "effect"
 import { SqlClient } from "effect/sql"
 import { CronScheduler, Job, JobQueue, Worker } from "../src/index.ts"
-import { clientLayer } from "./support/database.ts"
+import { clientLayer, TestDatabase } from "./support/database.ts"
 import { Ledger } from "./support/ledger.ts"
 import { makeLink } from "./support/link.ts"
 import { makeProxy } from "./support/proxy.ts"
@@ -356,6 +356,20 @@ describe("a scheduler", () => {
       yield* Deferred.await(frozen)
       yield* untilTicks("s0", 8)
       assert.isBelow(Math.max(...(yield* lateness("s0"))), 5000)
+    })))
+
+  it.live("is on time while a process is frozen that fires without a PgClient and has not committed", () =>
+    withQueue(Effect.gen(function*() {
+      const link = yield* makeLink(yield* databaseUrl)
+      const through = Layer.succeed(TestDatabase, { name: "through the link", url: Redacted.make(link.url) })
+      yield* scheduling([everySecond("s0")])
+      yield* untilTicks("s0", 1)
+      const frozen = yield* Deferred.make<void>()
+      link.strike({ text: "moved as (", at: "sent", nth: 2 }, () => Deferred.doneUnsafe(frozen, Effect.void))
+      yield* scheduling([], { pollInterval: 10 }, Layer.provide(pollingQueueLayer(), through) as never)
+      yield* Deferred.await(frozen)
+      yield* untilTicks("s0", (yield* countOf("s0")) + 8)
+      assert.isBelow(Math.max(...(yield* lateness("s0"))), 8000)
     })))
 
   it.live("is on time with the others while a stranger's transaction has taken the key of one", () =>
