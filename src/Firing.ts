@@ -76,6 +76,8 @@ export const mostWaiting = 10_000
 
 /** How long a statement waits for a transaction that has taken a key or an id of its jobs and not ended, in milliseconds. */
 const patience = 200
+/** How long what it has locked stays so where it is in a transaction, and the process is frozen before it commits, in milliseconds. */
+const frozen = 2000
 
 /** A time as it must still be; also one without end, which somebody may have written by hand. */
 export const unchanged = (column: string) =>
@@ -96,7 +98,8 @@ export const oneText = (s: string): string =>
 const statements = (s: string) => {
   const clock = "clock as materialized (select pg_catalog.clock_timestamp() as now)"
   const impatient =
-    `clock as materialized (select pg_catalog.clock_timestamp() as now, pg_catalog.set_config('lock_timeout', '${patience}', true) as patience)`
+    `clock as materialized (select pg_catalog.clock_timestamp() as now, pg_catalog.set_config('lock_timeout', '${patience}', true) as patience,
+      pg_catalog.set_config('idle_in_transaction_session_timeout', '${frozen}', true) as frozen)`
 
   // The ticks in `wanted` become jobs of the schedules in `mine`. A tick that is there already, or has ended, is none again,
   // and takes no key. The last look into `finished` has a newer snapshot and refuses what the first one could not see yet.
