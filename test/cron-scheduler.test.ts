@@ -341,6 +341,22 @@ describe("a scheduler", () => {
       assert.isBelow(quantile(yield* lateness("free"), 0.5), 300)
     })))
 
+  it.live("that starts while a stranger has a schedule locked that is to be written fires and writes the others", () =>
+    withQueue(Effect.gen(function*() {
+      yield* CronScheduler.schedule(everySecond("locked"))
+      yield* CronScheduler.schedule(everySecond("old"))
+      const leave = yield* stranger("select 1 from pgqueue.schedule where name = 'locked' for update")
+      yield* Effect.forkScoped(
+        scheduling([everySecond("locked", { priority: "high" }), everySecond("new"), everySecond("newer")])
+      )
+      yield* untilTicks("old", 4)
+      yield* untilTicks("new", 1)
+      yield* untilTicks("newer", 1)
+      assert.isBelow(Math.max(...(yield* lateness("old"))), 2000)
+      yield* leave
+      yield* untilValue("select count(*)::int > 0 from pgqueue.job where priority = 2", true)
+    })))
+
   it.live("is on time while a process is frozen that has written the schedules and not committed", () =>
     withQueue(Effect.gen(function*() {
       const link = yield* makeLink(yield* databaseUrl)
