@@ -146,16 +146,32 @@ const start = Effect.fnUntraced(function*<R>(entries: ReadonlyArray<Entry<R>>, o
       message: `the schedule "${twice.row.name}" is declared twice`
     })
   }
-  const declare = Effect.gen(function*() {
-    const all = yield* registrations(store, resolved, false)
-    for (let begin = 0; begin < all.length; begin += chunk) {
-      const { newer, written } = yield* store.schedules.register(all.slice(begin, begin + chunk), true, false)
-      if (written.length > 0) yield* Effect.logInfo(`effect-pgqueue: wrote the schedules ${written.join(", ")}`)
-      if (newer.length > 0) {
-        yield* Effect.logWarning(`effect-pgqueue: the schedules ${newer.join(", ")} are of a newer version and stay so`)
-      }
+  const report = Effect.fnUntraced(function*({ newer, written }: Schedules.Registered) {
+    if (written.length > 0) yield* Effect.logInfo(`effect-pgqueue: wrote the schedules ${written.join(", ")}`)
+    if (newer.length > 0) {
+      yield* Effect.logWarning(`effect-pgqueue: the schedules ${newer.join(", ")} are of a newer version and stay so`)
     }
   })
+  /** Writes them together if possible; one that a stranger has locked keeps no other from it. */
+  const write = (some: ReadonlyArray<Schedules.Registration>): Effect.Effect<void, SqlError> =>
+    Effect.flatMap(store.schedules.register(some, true, false), report).pipe(
+      Effect.catchIf((error) => some.length > 1 && Database.isLockTimeout(error), () => {
+        const half = some.length >> 1
+        return Effect.flatMap(
+          Effect.forEach([some.slice(0, half), some.slice(half)], (part) => Effect.exit(write(part))),
+          ([left, right]) => Effect.andThen(left!, right!)
+        )
+      })
+    )
+  const declare = Effect.gen(function*() {
+    const all = yield* registrations(store, resolved, false)
+    for (let begin = 0; begin < all.length; begin += chunk) yield* write(all.slice(begin, begin + chunk))
+  })
+  yield* wakeup.listen
+  const loops = yield* Ticker.make({ store, wakeup, pollInterval, declared: names })
+  // They fire what there is already: a stranger may hold up what is to be written for as long as he likes.
+  // Without spans: a stream of looks that never ends belongs to nobody's trace.
+  yield* Effect.withTracerEnabled(Bounded.fork(loops), false)
   yield* declare.pipe(
     Effect.tapError((error) =>
       Database.isTransient(error)
@@ -166,10 +182,6 @@ const start = Effect.fnUntraced(function*<R>(entries: ReadonlyArray<Entry<R>>, o
   )
   // The schedulers that run do not know yet what was written.
   wakeup.scheduled()
-  yield* wakeup.listen
-  const loops = yield* Ticker.make({ store, wakeup, pollInterval, declared: names })
-  // Without spans: a stream of looks that never ends belongs to nobody's trace.
-  yield* Effect.withTracerEnabled(Bounded.fork(loops), false)
 })
 
 /**

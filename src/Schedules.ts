@@ -43,6 +43,12 @@ export interface Registration {
   readonly next: number
 }
 
+/** What became of schedules that were registered: those that were written, and those whose row is of a newer version. */
+export interface Registered {
+  readonly written: ReadonlyArray<string>
+  readonly newer: ReadonlyArray<string>
+}
+
 /** What a scheduler looks at from time to time. */
 export interface Look {
   /** Whether a tick is due. */
@@ -262,7 +268,7 @@ export const make = (db: Database.Database, s: string, { answered, run, together
       registrations: ReadonlyArray<Registration>,
       declared: boolean,
       inUserTransaction: boolean
-    ): Effect.Effect<{ readonly written: ReadonlyArray<string>; readonly newer: ReadonlyArray<string> }, SqlError> =>
+    ): Effect.Effect<Registered, SqlError> =>
       together(
         inUserTransaction,
         Effect.map(

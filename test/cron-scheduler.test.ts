@@ -306,9 +306,9 @@ describe("a scheduler", () => {
       )))
       for (const text of ["as unset", "for update skip locked"]) {
         const scope = yield* Scope.make()
-        yield* Scope.provide(scheduling([everySecond("often")], {}, Layer.succeedContext(queue) as never), scope)
         const dead = link.dead()
         link.loseRequestWith(text)
+        yield* Scope.provide(scheduling([everySecond("often")], {}, Layer.succeedContext(queue) as never), scope)
         yield* until("it asks in vain", Effect.sync(() => link.dead() > dead))
         const begun = yield* now
         yield* Scope.close(scope, Exit.void)
