@@ -341,6 +341,48 @@ describe("a scheduler", () => {
       assert.isBelow(quantile(yield* lateness("free"), 0.5), 300)
     })))
 
+  it.live("is on time with other keys while a stranger's transaction has taken hundreds", () =>
+    withQueue(Effect.gen(function*() {
+      const Free = Job.make("free", { unique: () => ({ key: "free", period: "1 millis" }) })
+      yield* scheduling([CronScheduler.make("free", { every: "1 second", job: Free })])
+      yield* untilTicks("free", 1)
+      const leave = yield* stranger(
+        `insert into pgqueue.unique_key (key, job, until)
+         select pgqueue.hash_key('k', n::text), gen_random_uuid(), 'finished' from generate_series(1, 300) n`
+      )
+      // All of them at a time at which the free one is due, too.
+      yield* rows(
+        `insert into pgqueue.schedule (name, spec, time_zone, kind, unique_key, next_at)
+         select 'taken ' || n, '@hourly', 'UTC', 'k', pgqueue.hash_key('k', n::text), date_trunc('second', clock_timestamp()) + interval '2 seconds'
+         from generate_series(1, 300) n`
+      )
+      yield* untilTicks("free", (yield* countOf("free")) + 12)
+      assert.isBelow(Math.max(...(yield* lateness("free"))), 10_000)
+      assert.strictEqual(yield* value("select count(*)::int from pgqueue.job where kind = 'k'"), 0)
+      yield* leave
+      yield* untilValue("select count(*)::int from pgqueue.job where kind = 'k'", 300)
+    })))
+
+  it.live("is on time while it makes up tens of thousands of missed ticks, and lets others run", () =>
+    withQueue(Effect.gen(function*() {
+      yield* rows(
+        `insert into pgqueue.schedule (name, spec, time_zone, kind, next_at, missed)
+         select 'late ' || n, '* * * * *', 'Europe/Berlin', 'k', date_trunc('minute', clock_timestamp() - interval '2 days'), 1000
+         from generate_series(1, 60) n`
+      )
+      let stoodStill = 0
+      yield* Effect.forkScoped(Effect.forever(Effect.gen(function*() {
+        const begun = yield* now
+        yield* Effect.sleep(20)
+        stoodStill = Math.max(stoodStill, (yield* now) - begun - 20)
+      })))
+      yield* scheduling([everySecond("free")])
+      yield* untilTicks("free", 4)
+      assert.isBelow(Math.max(...(yield* lateness("free"))), 4000)
+      yield* untilValue("select count(*)::int from pgqueue.job where kind = 'k'", 60_000, { within: 50_000 })
+      assert.isBelow(stoodStill, 1000)
+    })))
+
   it.live("that starts while a stranger has a schedule locked that is to be written fires and writes the others", () =>
     withQueue(Effect.gen(function*() {
       yield* CronScheduler.schedule(everySecond("locked"))
