@@ -97,8 +97,8 @@ export const oneText = (s: string): string =>
  */
 const statements = (s: string) => {
   const clock = "clock as materialized (select pg_catalog.clock_timestamp() as now)"
-  const impatient =
-    `clock as materialized (select pg_catalog.clock_timestamp() as now, pg_catalog.set_config('lock_timeout', '${patience}', true) as patience,
+  const impatient = (parameter: string) =>
+    `clock as materialized (select pg_catalog.clock_timestamp() as now, pg_catalog.set_config('lock_timeout', ${parameter}::text, true) as patience,
       pg_catalog.set_config('idle_in_transaction_session_timeout', '${frozen}', true) as frozen)`
 
   // The ticks in `wanted` become jobs of the schedules in `mine`. A tick that is there already, or has ended, is none again,
@@ -167,7 +167,7 @@ const statements = (s: string) => {
 
   // Locked rows are somebody else's: what he does with them, he does. A row that has changed since it was read is dropped by
   // the conditions, which are looked at again when the lock is there.
-  const fire = `with ${impatient}, mine as materialized (
+  const fire = `with ${impatient("$9")}, mine as materialized (
       select s.*, s.overlap as heeded, i.following, i.passed, ${busy}
       from (select * from unnest($3::text[], $4::text[], $5::text[], $6::text[], $7::text[], $8::text[])
         as i(name, next_at, updated_at, last_job, following, passed) order by name) i
@@ -186,7 +186,7 @@ const statements = (s: string) => {
 
   // The job before it has ended, by a look: the first tick that waits. Of two who have looked only one finds `last_job` as
   // it was.
-  const follow = `with ${impatient}, mine as materialized (
+  const follow = `with ${impatient("$3")}, mine as materialized (
       select s.* from (select * from unnest($1::text[], $2::text[]) as i(name, last_job) order by name) i
       cross join lateral (
         select s.* from ${s}.schedule s
@@ -248,7 +248,7 @@ export const make = (db: Database.Database, s: string, { run, together }: People
      * Enqueues the ticks of schedules and moves these on: those that are still as they were read. The others are not among
      * the answers.
      */
-    fire: (advances: ReadonlyArray<Advance>): Effect.Effect<ReadonlyArray<Fired>, SqlError> =>
+    fire: (advances: ReadonlyArray<Advance>, wait = patience): Effect.Effect<ReadonlyArray<Fired>, SqlError> =>
       Effect.map(
         db.query<any>(texts.fire, [
           advances.flatMap(({ row, ticks }) => ticks.map(() => row.name)),
@@ -258,7 +258,8 @@ export const make = (db: Database.Database, s: string, { run, together }: People
           advances.map(({ row }) => row.updated_at),
           advances.map(({ row }) => row.last_job ?? ""),
           advances.map(({ next }) => next === undefined ? "" : String(next)),
-          advances.map(({ previous }) => previous === undefined ? "" : String(previous))
+          advances.map(({ previous }) => previous === undefined ? "" : String(previous)),
+          String(wait)
         ]),
         firedOf
       ),
@@ -267,10 +268,11 @@ export const make = (db: Database.Database, s: string, { run, together }: People
      * Enqueues the first waiting tick of schedules whose last job was this one and has ended. Returns the queues.
      */
     follow: (
-      free: ReadonlyArray<{ readonly name: string; readonly job: string | null }>
+      free: ReadonlyArray<{ readonly name: string; readonly job: string | null }>,
+      wait = patience
     ): Effect.Effect<ReadonlyArray<string>, SqlError> =>
       Effect.map(
-        db.query<any>(texts.follow, [free.map(({ name }) => name), free.map(({ job }) => job ?? "")]),
+        db.query<any>(texts.follow, [free.map(({ name }) => name), free.map(({ job }) => job ?? ""), String(wait)]),
         ([row]) => Database.listOf(row.queues)
       ),
 

@@ -27,6 +27,9 @@ export interface Due {
   readonly missedWindow: number
 }
 
+/** Whether the tick that is due was missed, and others may have been. */
+export const isLate = ({ due, now }: Pick<Due, "due" | "now">): boolean => due !== null && now - due > grace
+
 /** What to do with it. */
 export interface Plan {
   /** The ticks that become jobs, in order. */
@@ -57,7 +60,7 @@ export const plan = (ticks: Ticks.Ticks, row: Due): Plan => {
     }
   }
   const next = Ticks.next(ticks, now)
-  if (now - due <= grace) {
+  if (!isLate(row)) {
     const fired = [due, ...Ticks.between(ticks, due, now, most)]
     return { ticks: fired, previous: fired[fired.length - 1], next, missed: false }
   }

@@ -35,6 +35,10 @@ const elsewhere = { first: 50, most: 1000 }
 
 /** How long, in milliseconds, a schedule is let alone whose key a stranger's transaction has taken. */
 const letAlone = 2000
+/** How often those that are written together are halved to find whose key that is, before they go one by one. */
+const mostSplits = 10
+/** How long each of these waits for it, in milliseconds: strangers may have taken hundreds. */
+const hasty = 20
 
 /** How many expressions are kept as they were read. */
 const mostKept = 20_000
@@ -86,44 +90,51 @@ export const make = Effect.fnUntraced(function*(options: {
     yield* Bounded.bounded(store.schedules.disable(name, updatedAt, problem), bound)
   })
 
-  /** Schedules whose key a stranger's transaction has taken, and until when they are let alone. */
+  /** Schedules whose key a stranger's transaction has taken, or may have, and until when they are let alone. */
   const held = new Map<string, number>()
   const isHeld = (name: string) => (held.get(name) ?? 0) > Bounded.monotonic(clock)
 
   /**
    * Writes schedules, together if possible: one that cannot be written stops, one whose key or id somebody has locked is left
-   * for later, and neither keeps the others from it.
+   * for later, and neither keeps the others from it. When many are locked, the rest go one by one, later.
    */
   const apart = <A extends { readonly name: string }, B>(
     all: ReadonlyArray<A>,
-    write: (some: ReadonlyArray<A>) => Effect.Effect<ReadonlyArray<B>, SqlError>,
-    onFault: (one: A, problem: string) => Effect.Effect<void, SqlError | Bounded.TimedOut>
+    write: (some: ReadonlyArray<A>, patience?: number) => Effect.Effect<ReadonlyArray<B>, SqlError>,
+    onFault: (one: A, problem: string) => Effect.Effect<void, SqlError | Bounded.TimedOut>,
+    splits = { left: mostSplits, patience: undefined as number | undefined }
   ): Effect.Effect<ReadonlyArray<B>, SqlError | Bounded.TimedOut> =>
     all.length === 0 ? Effect.succeed([]) : Effect.catchIf(
-      Bounded.bounded(write(all), bound),
+      Bounded.bounded(write(all, splits.patience), bound),
       (error) => Database.isDataFault(error) || Database.isLockTimeout(error),
       (error) => {
-        if (all.length > 1) {
+        const locked = Database.isLockTimeout(error)
+        if (all.length > 1 && (!locked || splits.left > 0)) {
           const half = all.length >> 1
+          if (locked) {
+            splits.left--
+            splits.patience = hasty
+          }
           return Effect.zipWith(
-            apart(all.slice(0, half), write, onFault),
-            apart(all.slice(half), write, onFault),
+            apart(all.slice(0, half), write, onFault, splits),
+            apart(all.slice(half), write, onFault, splits),
             (left, right) => [...left, ...right]
           )
         }
-        if (!Database.isLockTimeout(error)) return Effect.as(onFault(all[0]!, Database.describe(error)), [])
-        held.set(all[0]!.name, Bounded.monotonic(clock) + letAlone)
+        if (!locked) return Effect.as(onFault(all[0]!, Database.describe(error)), [])
+        const until = Bounded.monotonic(clock) + (all.length > 1 ? 0 : letAlone)
+        for (const { name } of all) held.set(name, until)
         return Effect.succeed([])
       }
     )
 
   /**
-   * What strangers can hold up goes beside the loop, a page at a time: their keys. Those that were held up go one by one, so
-   * that the others need not be taken apart again.
+   * What takes long, or what strangers can hold up, goes beside the loop, a page at a time. Those that were held up go one by
+   * one, when no other is there, so that the others neither wait for them nor need be taken apart again.
    */
   const beside = <A extends { readonly name: string }>(
     what: string,
-    write: (some: ReadonlyArray<A>) => Effect.Effect<void, SqlError | Bounded.TimedOut>
+    write: (some: ReadonlyArray<A>, patience?: number) => Effect.Effect<void, SqlError | Bounded.TimedOut>
   ) => {
     const all = new Map<string, A>()
     const there = Latch.makeUnsafe(false)
@@ -133,14 +144,18 @@ export const make = Effect.fnUntraced(function*(options: {
         yield* there.await
         there.closeUnsafe()
         while (all.size > 0) {
-          const some = [...all.values()].slice(0, page)
-          yield* Bounded.bounded(store.schedules.expireKeys(some.map(({ name }) => name)), bound)
-          yield* write(some.filter(({ name }) => !held.has(name)))
-          for (const one of some.filter(({ name }) => held.has(name) && !isHeld(name))) {
-            held.delete(one.name)
-            yield* write([one])
+          const free = [...all.values()].filter(({ name }) => !held.has(name)).slice(0, page)
+          if (free.length > 0) {
+            yield* write(free)
+            for (const { name } of free) if (!held.has(name) || isHeld(name)) all.delete(name)
+            continue
           }
-          for (const { name } of some) all.delete(name)
+          const [one] = all.values()
+          if (!isHeld(one!.name)) {
+            held.delete(one!.name)
+            yield* write([one!], hasty)
+          }
+          all.delete(one!.name)
         }
         yield* episode.succeeded
       }).pipe(
@@ -160,6 +175,8 @@ export const make = Effect.fnUntraced(function*(options: {
       }
     }
   }
+  const expireKeys = (some: ReadonlyArray<{ readonly name: string }>) =>
+    Bounded.bounded(store.schedules.expireKeys(some.map(({ name }) => name)), bound)
 
   /** What to do with a row; or why nothing can be, also when somebody has written what no calendar knows. */
   const planOf = (row: Schedules.DueRow): Result.Result<Missed.Plan, string> =>
@@ -175,23 +192,24 @@ export const make = Effect.fnUntraced(function*(options: {
   }
 
   /** Has schedules written, and returns how many of them were this process's to fire. */
-  const write = Effect.fnUntraced(function*(all: ReadonlyArray<Planned>) {
+  const write = Effect.fnUntraced(function*(all: ReadonlyArray<Planned>, patience?: number) {
     let fired = 0
     for (let begin = 0; begin < all.length;) {
       let [end, ticks] = [begin + 1, all[begin]!.ticks.length]
       while (end < all.length && (ticks += all[end]!.ticks.length) <= mostTicks) end++
-      fired += yield* writeTogether(all.slice(begin, end))
+      fired += yield* writeTogether(all.slice(begin, end), patience)
       begin = end
     }
     return fired
   })
 
-  const writeTogether = Effect.fnUntraced(function*(some: ReadonlyArray<Planned>) {
+  const writeTogether = Effect.fnUntraced(function*(some: ReadonlyArray<Planned>, patience?: number) {
     const planned = new Map(some.map((one) => [one.name, one]))
     const written = yield* apart(
       some,
       store.schedules.fire,
-      ({ name, row }, problem) => disable(name, row.updated_at, problem)
+      ({ name, row }, problem) => disable(name, row.updated_at, problem),
+      { left: mostSplits, patience }
     )
     for (const one of written) {
       const { missed, row, ticks } = planned.get(one.name)!
@@ -211,30 +229,79 @@ export const make = Effect.fnUntraced(function*(options: {
     return written.length
   })
 
-  const keyed = beside<Planned>("firing schedules with a unique key", (some) => Effect.asVoid(write(some)))
-  const following = beside<Schedules.Look["waiting"][number]>("enqueueing ticks that waited", (some) =>
-    Effect.map(
-      apart(some, store.schedules.follow, ({ name }, problem) => disable(name, undefined, problem)),
-      (queues) => {
-        for (const queue of queues) wakeup.mark(queue, 0)
+  const keyed = beside<Planned>(
+    "firing schedules with a unique key",
+    (some, patience) => Effect.andThen(expireKeys(some), write(some, patience))
+  )
+  const following = beside<Schedules.Look["waiting"][number]>(
+    "enqueueing ticks that waited",
+    (some, patience) =>
+      expireKeys(some).pipe(
+        Effect.andThen(
+          apart(some, store.schedules.follow, ({ name }, problem) => disable(name, undefined, problem), {
+            left: mostSplits,
+            patience
+          })
+        ),
+        Effect.map((queues) => {
+          for (const queue of queues) wakeup.mark(queue, 0)
+        })
+      )
+  )
+
+  /** Works out one row: what is to be written of it, if anything. */
+  const worked = Effect.fnUntraced(function*(row: Schedules.DueRow) {
+    const found = planOf(row)
+    if (Result.isFailure(found)) {
+      yield* disable(row.name, row.updated_at, found.failure)
+      return undefined
+    }
+    const { missed, next, previous, ticks } = found.success
+    if (next === undefined && ticks.length === 0) {
+      yield* disable(row.name, row.updated_at, Ticks.over)
+      return undefined
+    }
+    return { name: row.name, row, ticks, previous, next, missed }
+  })
+
+  // A thousand missed ticks of each of many schedules are minutes of work, of this process and of the database.
+  const late = beside<Schedules.DueRow>("making up missed ticks", (some) =>
+    Effect.gen(function*() {
+      let part: Array<Planned> = []
+      let ticks = 0
+      for (const row of some) {
+        const planned = yield* worked(row)
+        // Each is some 30 ms of computing: others are to have their turn.
+        yield* Effect.yieldNow
+        if (planned === undefined) continue
+        if (row.keyed) keyed.add(planned)
+        else {
+          part.push(planned)
+          ticks += planned.ticks.length
+        }
+        if (ticks >= mostTicks) {
+          yield* write(part)
+          part = []
+          ticks = 0
+        }
       }
-    ))
+      yield* write(part)
+    }))
 
   /** Works out one page and has it written. Returns how many of them were this process's; of those with a key, were new to it. */
   const advance = Effect.fnUntraced(function*(rows: ReadonlyArray<Schedules.DueRow>) {
     const plain: Array<Planned> = []
     let added = 0
     for (const row of rows) {
-      if (row.keyed && keyed.has(row.name)) continue
-      const found = planOf(row)
-      if (Result.isFailure(found)) {
-        yield* disable(row.name, row.updated_at, found.failure)
+      if (late.has(row.name) || (row.keyed && keyed.has(row.name))) continue
+      if (row.missed > 1 && Missed.isLate(row)) {
+        late.add(row)
+        added++
         continue
       }
-      const { missed, next, previous, ticks } = found.success
-      const planned = { name: row.name, row, ticks, previous, next, missed }
-      if (next === undefined && ticks.length === 0) yield* disable(row.name, row.updated_at, Ticks.over)
-      else if (row.keyed) {
+      const planned = yield* worked(row)
+      if (planned === undefined) continue
+      if (row.keyed) {
         keyed.add(planned)
         added++
       } else plain.push(planned)
@@ -309,5 +376,5 @@ export const make = Effect.fnUntraced(function*(options: {
     1000
   )
 
-  return [fires, keyed.loop, following.loop, marks]
+  return [fires, keyed.loop, following.loop, late.loop, marks]
 })

@@ -312,7 +312,8 @@ const lookAtSchedules = Effect.fnUntraced(function*(at: Filled, analyzed: boolea
       column("updated_at"),
       column("last_job"),
       ticks,
-      ticks
+      ticks,
+      "200"
     ]],
     "fire of 1": [texts.fire, [
       names.slice(0, 1),
@@ -322,9 +323,10 @@ const lookAtSchedules = Effect.fnUntraced(function*(at: Filled, analyzed: boolea
       column("updated_at").slice(0, 1),
       column("last_job").slice(0, 1),
       ticks.slice(0, 1),
-      ticks.slice(0, 1)
+      ticks.slice(0, 1),
+      "200"
     ]],
-    follow: [texts.follow, [names, column("last_job")]],
+    follow: [texts.follow, [names, column("last_job"), "200"]],
     backfill: [texts.backfill, [names.map(() => "schedule 8"), ticks, "schedule 8"]],
     trigger: [texts.trigger, ["schedule 8", uuid()]],
     expire: [texts.expire, [names]],
