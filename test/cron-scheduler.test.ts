@@ -512,12 +512,15 @@ describe("a row that is invalid", () => {
     withQueue(Effect.gen(function*() {
       yield* CronScheduler.schedule(everySecond("bad"))
       yield* rows("update pgqueue.schedule set spec = 'every day'")
+      const { layer, logged } = listening()
       const leave = yield* stranger("select 1 from pgqueue.schedule where name = 'bad' for update")
-      yield* scheduling([everySecond("good")])
+      yield* Effect.provide(scheduling([everySecond("good")]), layer)
       yield* untilTicks("good", 4)
+      assert.isAtMost(logged.filter((line) => line.startsWith("Error")).length, 1)
       assert.isBelow(Math.max(...(yield* lateness("good"))), 3000)
       yield* leave
       yield* until("it has stopped", Effect.map(info("bad"), ({ problem }) => Option.isSome(problem)))
+      yield* until("it is said once", Effect.sync(() => logged.filter((line) => line.startsWith("Error")).length === 1))
     })))
 })
 
