@@ -130,7 +130,8 @@ const statements = (s: string) => {
       select name from ${s}.schedule where name = $1::text and $2::text in ('', ${
     unchanged("updated_at")
   }) and problem is null
-      for update skip locked)`
+      for update skip locked)
+    returning name`
 
   const definition =
     "spec, time_zone, kind, queue, priority, max_attempts, timeout_ms, payload, metadata, missed, missed_window_ms, overlap, jitter_ms, unique_key, unique_until, unique_period_ms, version"
@@ -255,10 +256,11 @@ export const make = (db: Database.Database, s: string, { answered, run, together
       ]),
 
     /**
-     * Stops a schedule that cannot fire, and says why; one that has changed since it was read, when that is known, goes on.
+     * Stops a schedule that cannot fire, and says why; one that has changed since it was read, when that is known, goes on, and
+     * so does one that somebody has locked. Returns whether it was stopped.
      */
-    disable: (name: string, updatedAt: string | undefined, problem: string): Effect.Effect<void, SqlError> =>
-      Effect.asVoid(db.query<any>(texts.disable, [name, updatedAt ?? "", problem])),
+    disable: (name: string, updatedAt: string | undefined, problem: string): Effect.Effect<boolean, SqlError> =>
+      Effect.map(db.query<any>(texts.disable, [name, updatedAt ?? "", problem]), (rows) => rows.length > 0),
 
     /**
      * Writes schedules, where they differ and are not of an older version. Returns those that were written, and those whose

@@ -86,8 +86,10 @@ export const make = Effect.fnUntraced(function*(options: {
   })
 
   const disable = Effect.fnUntraced(function*(name: string, updatedAt: string | undefined, problem: string) {
-    yield* Effect.logError(`effect-pgqueue: the schedule "${name}" has stopped: ${problem}`)
-    yield* Bounded.bounded(store.schedules.disable(name, updatedAt, problem), bound)
+    // Said by who has done it, once: it may be locked, and is then looked at again and again.
+    if (yield* Bounded.bounded(store.schedules.disable(name, updatedAt, problem), bound)) {
+      yield* Effect.logError(`effect-pgqueue: the schedule "${name}" has stopped: ${problem}`)
+    }
   })
 
   /** Schedules whose key a stranger's transaction has taken, or may have, and until when they are let alone. */
