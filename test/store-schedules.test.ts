@@ -473,6 +473,22 @@ layer(Storage.layer, { excludeTestServices: true })("schedules", (it) => {
   )
 
   it.effect(
+    "queue: a list that is full is not written again at every tick",
+    rule(Effect.gen(function*() {
+      yield* register({ overlap: "queue" })
+      yield* fire([tick(0)])
+      yield* query(
+        "update pgqueue.schedule set waiting = (select array_agg(timestamptz 'epoch' + n * interval '1 hour') from generate_series(1, 10000) n)"
+      )
+      const size = value<number>("select pg_table_size('pgqueue.schedule')::int4")
+      const before = yield* size
+      for (let n = 1; n <= 10; n++) yield* fire([tick(n)])
+      assert.isBelow((yield* size) - before, 100_000)
+      assert.deepInclude(yield* stored(), { waits: 10_000, previous: tick(10) })
+    }))
+  )
+
+  it.effect(
     "queue: more than 1 000 schedules that wait hide no one whose job has ended",
     rule(Effect.gen(function*() {
       const { store } = yield* Storage
