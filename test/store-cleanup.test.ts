@@ -147,6 +147,29 @@ layer(Storage.layer, { excludeTestServices: true })("cleanup", (it) => {
   )
 
   it.effect(
+    "past what somebody has locked of its attempts, which then goes with all of them",
+    rule(Effect.gen(function*() {
+      const { store } = yield* Storage
+      const ids: Array<string> = []
+      for (let n = 0; n < 5; n++) ids.push(...(yield* finished("completed", 3 * day - n * second)))
+      yield* query(
+        "insert into pgqueue.attempt (job, n, tag) select id, n, 'Failed' from pgqueue.finished, generate_series(1, 2) n"
+      )
+      const stranger = yield* session
+      yield* stranger.query("begin")
+      yield* stranger.query(`select from pgqueue.attempt where job = '${ids[0]}' and n = 2 for update`)
+      // Nor is it looked for again and again where a batch is nothing else.
+      assert.deepInclude(yield* store.prune("completed", 1), { count: 0, found: 1 })
+      assert.strictEqual(yield* cleanUp, 4)
+      assert.strictEqual(yield* count("finished"), 1)
+      assert.strictEqual(yield* count("attempt"), 2)
+      yield* stranger.query("commit")
+      assert.strictEqual(yield* cleanUp, 1)
+      assert.strictEqual(yield* count("attempt"), 0)
+    }))
+  )
+
+  it.effect(
     "removes more than a batch that ended at the same moment",
     rule(Effect.gen(function*() {
       yield* query(
