@@ -36,6 +36,8 @@ export interface Policy {
 /** What one statement has removed, and after which moment (microseconds) the next one goes on. */
 export interface Removed {
   readonly count: number
+  /** How many it has looked at: others may hold something of one. */
+  readonly found: number
   readonly last: string | null
 }
 
@@ -93,7 +95,7 @@ const statements = (s: string) => {
   // The policy is read where it is followed, under a lock that whoever changes it waits for: once it says archive, nothing
   // is deleted any more, and a statement that has waited for the change follows it. What is not plainly "delete" is kept.
   // In the order of the index and after a cursor, because what has gone is walked over again until vacuum has been there.
-  // Whoever retries or deletes one of these jobs has it locked, and comes first.
+  // Whoever retries or deletes one of these jobs has it locked, and comes first; and so does who has locked one of its attempts.
   const prune = `with policy as materialized (
       select value from ${s}.setting where name = 'cleanup' for share
     ), rule as materialized (
@@ -103,13 +105,23 @@ const statements = (s: string) => {
   } end))) * interval '1 millisecond' as before
       from (select 1) one left join policy p on true
     ), old as materialized (
-      select f.tid, f.finished_at from rule r cross join lateral (
-        select f.ctid as tid, f.finished_at from ${s}.finished f
+      select f.* from rule r cross join lateral (
+        select f.ctid as tid, f.id, f.finished_at from ${s}.finished f
         where f.status = $1::text and f.finished_at >= ${from("$3")} and f.finished_at < r.before
         order by f.finished_at limit $2::int4 for update skip locked
       ) f
+    ), tried as materialized (
+      select a.tid from old o cross join lateral (
+        select a.ctid as tid from ${s}.attempt a where a.job = o.id and not (select keep from rule) for update skip locked
+      ) a
+    ), busy as materialized (
+      select a.job from old o cross join lateral (
+        select a.job from ${s}.attempt a
+        where a.job = o.id and not (select keep from rule) and a.ctid not in (select tid from tried) offset 0
+      ) a
     ), gone as (
-      delete from ${s}.finished where ctid = any (array(select tid from old)) returning ${columns}
+      delete from ${s}.finished where ctid = any (array(select tid from old where id not in (select job from busy)))
+      returning ${columns}
     ), kept as (
       -- A row that is there already is this one, which somebody has copied back: the same job ends again at another time.
       insert into ${s}.archive (${columns}) select ${columns} from gone where (select keep from rule)
@@ -119,7 +131,8 @@ const statements = (s: string) => {
         select g.id from gone g where not (select keep from rule)
           and not exists (select 1 from ${s}.archive a where a.id = g.id offset 0)))
     )
-    select (select count(*) from old)::int4 as count, (select ${micros("max(finished_at)")} from old) as last`
+    select (select count(*) from gone)::int4 as count, (select count(*) from old)::int4 as found,
+      (select ${micros("max(finished_at)")} from old) as last`
 
   // A key whose period is over can be taken by anybody, whether it is there or not. Judged again when somebody has just
   // given it a new period.
@@ -130,7 +143,7 @@ const statements = (s: string) => {
     ), gone as (
       delete from ${s}.unique_key where key = any (array(select key from old))
     )
-    select count(*)::int4 as count, ${micros("max(expires_at)")} as last from old`
+    select count(*)::int4 as count, count(*)::int4 as found, ${micros("max(expires_at)")} as last from old`
 
   return { take, renew, goOn, mergePolicy: merge, prune, expire }
 }

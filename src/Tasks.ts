@@ -177,12 +177,12 @@ const removeAll = Effect.fnUntraced(function*(
   let total = 0
   let after: string | undefined
   while (true) {
-    const { done: [took, { count, last }], full } = yield* rows((limit) =>
+    const { done: [took, { count, found, last }], full } = yield* rows((limit) =>
       Effect.timed(apart(store, remove(limit, after), { inOrder: true, timeout }))
     )
     total += count
     // What somebody has locked stays for the next turn.
-    if (count < full || last === null) return total
+    if (found < full || last === null || (count === 0 && last === after)) return total
     after = last
     yield* Effect.sleep(Math.min(longestRest, rest * Duration.toMillis(took)))
   }
