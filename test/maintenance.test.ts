@@ -1,11 +1,15 @@
 /** Maintenance: what the processes agree on, whose turn it is, and what happens when the database's clock is moved. */
 import { assert, describe, it } from "@effect/vitest"
-import { Effect, Exit, Fiber, Layer, Logger, Metric, Scope, Tracer } from "effect"
+import { Deferred, Effect, Exit, Fiber, Layer, Logger, Metric, Redacted, Scope, Tracer } from "effect"
 import { Job, JobQueueError, Maintenance, Telemetry, Worker } from "../src/index.ts"
 import { moveClock, withClock } from "./support/clock.ts"
+import { TestDatabase } from "./support/database.ts"
+import { makeLink } from "./support/link.ts"
 import {
   allInPlace,
   assertRows,
+  databaseUrl,
+  pollingQueueLayer,
   queueLayer,
   rows,
   running,
@@ -251,6 +255,27 @@ describe("the tasks", () => {
         []
       )
       assert.isAtLeast(Number((yield* Metric.value(runs)).count) - before, 14)
+    })))
+
+  it.live("are done by others while a process without a PgClient is frozen that has not committed its turn", () =>
+    withQueue(Effect.gen(function*() {
+      const link = yield* makeLink(yield* databaseUrl)
+      const through = Layer.succeed(TestDatabase, { name: "through the link", url: Redacted.make(link.url) })
+      const frozen = yield* Deferred.make<void>()
+      link.strike(
+        { text: "taken as (", param: "cleanup", at: "sent" },
+        () => Deferred.doneUnsafe(frozen, Effect.void)
+      )
+      yield* running(
+        Maintenance.layer({ cleanup: { interval: 50 } }).pipe(
+          Layer.provide(pollingQueueLayer()),
+          Layer.provide(through)
+        )
+      )
+      yield* Deferred.await(frozen)
+      yield* finished(3, 2 * day)
+      yield* running(Maintenance.layer())
+      yield* untilValue(left, 0, { within: 10_000 })
     })))
 
   it.live("that take longer than their interval are taken over by nobody", () =>
