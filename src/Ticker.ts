@@ -10,10 +10,9 @@ import * as Latch from "effect/Latch"
 import * as Metric from "effect/Metric"
 import * as Random from "effect/Random"
 import * as Result from "effect/Result"
-import type { SqlError } from "effect/sql/SqlError"
 import * as Bounded from "./Bounded.ts"
-import * as Database from "./Database.ts"
 import * as Episode from "./Episode.ts"
+import * as HeldUp from "./HeldUp.ts"
 import * as Missed from "./Missed.ts"
 import type * as Schedules from "./Schedules.ts"
 import type * as Store from "./Store.ts"
@@ -32,13 +31,6 @@ const bound = 15_000
 
 /** How long to wait, in milliseconds, when all that is due is in somebody's hands: at first, and at most. */
 const elsewhere = { first: 50, most: 1000 }
-
-/** How long, in milliseconds, a schedule is let alone whose key a stranger's transaction has taken. */
-const letAlone = 2000
-/** How often those that are written together are halved to find whose key that is, before they go one by one. */
-const mostSplits = 10
-/** How long each of these waits for it, in milliseconds: strangers may have taken hundreds. */
-const hasty = 20
 
 /** How many expressions are kept as they were read. */
 const mostKept = 20_000
@@ -92,91 +84,7 @@ export const make = Effect.fnUntraced(function*(options: {
     }
   })
 
-  /** Schedules whose key a stranger's transaction has taken, or may have, and until when they are let alone. */
-  const held = new Map<string, number>()
-  const isHeld = (name: string) => (held.get(name) ?? 0) > Bounded.monotonic(clock)
-
-  /**
-   * Writes schedules, together if possible: one that cannot be written stops, one whose key or id somebody has locked is left
-   * for later, and neither keeps the others from it. When many are locked, the rest go one by one, later.
-   */
-  const apart = <A extends { readonly name: string }, B>(
-    all: ReadonlyArray<A>,
-    write: (some: ReadonlyArray<A>, patience?: number) => Effect.Effect<ReadonlyArray<B>, SqlError>,
-    onFault: (one: A, problem: string) => Effect.Effect<void, SqlError | Bounded.TimedOut>,
-    splits = { left: mostSplits, patience: undefined as number | undefined }
-  ): Effect.Effect<ReadonlyArray<B>, SqlError | Bounded.TimedOut> =>
-    all.length === 0 ? Effect.succeed([]) : Effect.catchIf(
-      Bounded.bounded(write(all, splits.patience), bound),
-      (error) => Database.isDataFault(error) || Database.isLockTimeout(error),
-      (error) => {
-        const locked = Database.isLockTimeout(error)
-        if (all.length > 1 && (!locked || splits.left > 0)) {
-          const half = all.length >> 1
-          if (locked) {
-            splits.left--
-            splits.patience = hasty
-          }
-          return Effect.zipWith(
-            apart(all.slice(0, half), write, onFault, splits),
-            apart(all.slice(half), write, onFault, splits),
-            (left, right) => [...left, ...right]
-          )
-        }
-        if (!locked) return Effect.as(onFault(all[0]!, Database.describe(error)), [])
-        const until = Bounded.monotonic(clock) + (all.length > 1 ? 0 : letAlone)
-        for (const { name } of all) held.set(name, until)
-        return Effect.succeed([])
-      }
-    )
-
-  /**
-   * What takes long, or what strangers can hold up, goes beside the loop, a page at a time. Those that were held up go one by
-   * one, when no other is there, so that the others neither wait for them nor need be taken apart again.
-   */
-  const beside = <A extends { readonly name: string }>(
-    what: string,
-    write: (some: ReadonlyArray<A>, patience?: number) => Effect.Effect<void, SqlError | Bounded.TimedOut>
-  ) => {
-    const all = new Map<string, A>()
-    const there = Latch.makeUnsafe(false)
-    const episode = Episode.make(what)
-    const loop = episode.forever(
-      Effect.gen(function*() {
-        yield* there.await
-        there.closeUnsafe()
-        while (all.size > 0) {
-          const free = [...all.values()].filter(({ name }) => !held.has(name)).slice(0, page)
-          if (free.length > 0) {
-            yield* write(free)
-            for (const { name } of free) if (!held.has(name) || isHeld(name)) all.delete(name)
-            continue
-          }
-          const [one] = all.values()
-          if (!isHeld(one!.name)) {
-            held.delete(one!.name)
-            yield* write([one!], hasty)
-          }
-          all.delete(one!.name)
-        }
-        yield* episode.succeeded
-      }).pipe(
-        Effect.ensuring(Effect.sync(() => {
-          // What could not be written is still due.
-          all.clear()
-          poke.openUnsafe()
-        }))
-      )
-    )
-    return {
-      loop,
-      has: (name: string) => all.has(name) || isHeld(name),
-      add: (one: A) => {
-        all.set(one.name, one)
-        there.openUnsafe()
-      }
-    }
-  }
+  const heldUp = HeldUp.make({ now: () => Bounded.monotonic(clock), onLeft: () => void poke.openUnsafe() })
   const expireKeys = (some: ReadonlyArray<{ readonly name: string }>) =>
     Bounded.bounded(store.schedules.expireKeys(some.map(({ name }) => name)), bound)
 
@@ -207,11 +115,11 @@ export const make = Effect.fnUntraced(function*(options: {
 
   const writeTogether = Effect.fnUntraced(function*(some: ReadonlyArray<Planned>, patience?: number) {
     const planned = new Map(some.map((one) => [one.name, one]))
-    const written = yield* apart(
+    const written = yield* heldUp.inParts(
       some,
       store.schedules.fire,
       ({ name, row }, problem) => disable(name, row.updated_at, problem),
-      { left: mostSplits, patience }
+      patience
     )
     for (const one of written) {
       const { missed, row, ticks } = planned.get(one.name)!
@@ -231,19 +139,21 @@ export const make = Effect.fnUntraced(function*(options: {
     return written.length
   })
 
-  const keyed = beside<Planned>(
+  const keyed = heldUp.beside<Planned>(
     "firing schedules with a unique key",
     (some, patience) => Effect.andThen(expireKeys(some), write(some, patience))
   )
-  const following = beside<Schedules.Look["waiting"][number]>(
+  const following = heldUp.beside<Schedules.Look["waiting"][number]>(
     "enqueueing ticks that waited",
     (some, patience) =>
       expireKeys(some).pipe(
         Effect.andThen(
-          apart(some, store.schedules.follow, ({ name }, problem) => disable(name, undefined, problem), {
-            left: mostSplits,
+          heldUp.inParts(
+            some,
+            store.schedules.follow,
+            ({ name }, problem) => disable(name, undefined, problem),
             patience
-          })
+          )
         ),
         Effect.map((queues) => {
           for (const queue of queues) wakeup.mark(queue, 0)
@@ -267,7 +177,7 @@ export const make = Effect.fnUntraced(function*(options: {
   })
 
   // A thousand missed ticks of each of many schedules are minutes of work, of this process and of the database.
-  const late = beside<Schedules.DueRow>("making up missed ticks", (some) =>
+  const late = heldUp.beside<Schedules.DueRow>("making up missed ticks", (some) =>
     Effect.gen(function*() {
       let part: Array<Planned> = []
       let ticks = 0
