@@ -168,10 +168,10 @@ const start = Effect.fnUntraced(function*<R>(entries: ReadonlyArray<Entry<R>>, o
     for (let begin = 0; begin < all.length; begin += chunk) yield* write(all.slice(begin, begin + chunk))
   })
   yield* wakeup.listen
-  const loops = yield* Ticker.make({ store, wakeup, pollInterval, declared: names })
+  const loops = yield* Ticker.make({ store, wakeup, pollInterval })
   // They fire what there is already: a stranger may hold up what is to be written for as long as he likes.
   // Without spans: a stream of looks that never ends belongs to nobody's trace.
-  yield* Effect.withTracerEnabled(Bounded.fork(loops), false)
+  yield* Effect.withTracerEnabled(Bounded.fork([...loops, Ticker.declaring(store, names)]), false)
   yield* declare.pipe(
     Effect.tapError((error) =>
       Database.isTransient(error)

@@ -79,7 +79,7 @@ export const statements = (s: string) => {
       select ${
       keyed ? "distinct on (i.id) " : ""
     }i.id, i.kind, i.queue, i.priority, i.max_attempts, nullif(i.timeout_ms, '')::int8 as timeout_ms, i.payload,
-        i.metadata, nullif(i.trace, '') as trace, i.awaited <> '' as awaited, greatest(clock.now,
+        i.metadata, nullif(i.trace, '') as trace, i.awaited <> '' as awaited, clock.now as enqueued_at, greatest(clock.now,
           case when i.run_at = '' then clock.now + i.delay::float8 * interval '1 millisecond'
           else timestamptz 'epoch' + i.run_at::float8 * interval '1 millisecond' end) as run_at${extraColumns}
       from clock, unnest($1::uuid[], $2::text[], $3::text[], $4::int2[], $5::text[], $6::text[], $7::int4[], $8::text[],
@@ -94,8 +94,8 @@ export const statements = (s: string) => {
   // The last look into `finished` has a newer snapshot and refuses what the first one could not see yet.
   const insertion = (from: string, key: string, expected: string) =>
     `inserted as (
-      insert into ${s}.job (id, kind, queue, priority, run_at, scheduled_for, max_attempts, timeout_ms, payload, metadata, trace, awaited, unique_key)
-      select id, kind, queue, priority, run_at, run_at, max_attempts, timeout_ms, payload, metadata, trace, awaited, ${key} from ${from}
+      insert into ${s}.job (id, kind, queue, priority, run_at, scheduled_for, max_attempts, timeout_ms, payload, metadata, trace, awaited, enqueued_at, unique_key)
+      select id, kind, queue, priority, run_at, run_at, max_attempts, timeout_ms, payload, metadata, trace, awaited, enqueued_at, ${key} from ${from}
       on conflict (id) do nothing returning id, queue, priority, run_at, kind
     ), line as (
       insert into ${s}.ready (queue, lane, run_at, id, kind, attempt)

@@ -36,7 +36,7 @@ const elsewhere = { first: 50, most: 1000 }
 const mostKept = 20_000
 
 /** How often, in milliseconds, a scheduler says which schedules it declares, and after how long without that one is marked. */
-const declaring = { every: 300_000, missedAfter: 900_000 }
+const declarations = { every: 300_000, missedAfter: 900_000 }
 
 /** Reads stored expressions, and keeps what it has read. */
 const reader = () => {
@@ -60,8 +60,6 @@ export const make = Effect.fnUntraced(function*(options: {
   readonly wakeup: Wakeup.Wakeup
   /** Milliseconds. */
   readonly pollInterval: number
-  /** The schedules that this process declares. */
-  readonly declared: ReadonlyArray<string>
 }) {
   const { store, wakeup } = options
   const clock = yield* Clock.Clock
@@ -261,10 +259,21 @@ export const make = Effect.fnUntraced(function*(options: {
     yield* Effect.timeoutOption(poke.await, pause)
   }))
 
+  return [fires, keyed.loop, following.loop, late.loop]
+})
+
+/**
+ * Says from time to time which schedules a process declares, until it is interrupted, and marks those that nobody declares any
+ * more.
+ */
+export const declaring = (
+  store: Store.Store,
+  declared: ReadonlyArray<string>
+): Effect.Effect<never> => {
   const marking = Episode.make("saying which schedules are declared")
-  const declare = Bounded.bounded(store.schedules.declare(options.declared, declaring.every / 2), bound)
+  const declare = Bounded.bounded(store.schedules.declare(declared, declarations.every / 2), bound)
   const undeclare = Effect.gen(function*() {
-    const names = yield* Bounded.bounded(store.schedules.undeclare(declaring.missedAfter), bound)
+    const names = yield* Bounded.bounded(store.schedules.undeclare(declarations.missedAfter), bound)
     if (names.length > 0) {
       yield* Effect.logWarning(
         `effect-pgqueue: no running scheduler declares ${names.map((name) => `"${name}"`).join(", ")} any more; ${
@@ -273,20 +282,18 @@ export const make = Effect.fnUntraced(function*(options: {
       )
     }
   })
-  const marks = marking.forever(
+  return marking.forever(
     Effect.gen(function*() {
       // Only who has been there for so long can tell that nobody has declared something meanwhile.
       let rounds = 0
       while (true) {
         yield* declare
-        if (rounds * declaring.every > declaring.missedAfter) yield* undeclare
+        if (rounds * declarations.every > declarations.missedAfter) yield* undeclare
         yield* marking.succeeded
         rounds++
-        yield* Effect.flatMap(Random.nextBetween(0.9, 1.1), (jitter) => Effect.sleep(declaring.every * jitter))
+        yield* Effect.flatMap(Random.nextBetween(0.9, 1.1), (jitter) => Effect.sleep(declarations.every * jitter))
       }
     }),
     1000
   )
-
-  return [fires, keyed.loop, following.loop, late.loop, marks]
-})
+}

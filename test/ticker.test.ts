@@ -4,7 +4,6 @@ import { Clock, Effect, Logger, Random } from "effect"
 import { TestClock } from "effect/testing"
 import type * as Store from "../src/Store.ts"
 import * as Ticker from "../src/Ticker.ts"
-import type * as Wakeup from "../src/Wakeup.ts"
 
 const minute = 60_000
 
@@ -18,20 +17,15 @@ const marking = Effect.fnUntraced(function*(undeclared: ReadonlyArray<ReadonlyAr
       asked.push(`${what} ${Math.round(now / minute / 5) * 5}`)
       return fails ? Effect.die("no database") : Effect.void
     })
-  const loops = yield* Ticker.make({
-    // Sound: that loop asks for nothing else.
-    store: {
-      schedules: {
-        declare: (names: ReadonlyArray<string>) => note(`declare ${names.join()}`),
-        undeclare: () => Effect.as(note("undeclare"), marks.shift() ?? [])
-      }
-    } as unknown as Store.Store,
-    wakeup: { subscribe: () => Effect.void } as unknown as Wakeup.Wakeup,
-    pollInterval: 5000,
-    declared: ["mine"]
-  })
+  // Sound: the loop asks for nothing else.
+  const store = {
+    schedules: {
+      declare: (names: ReadonlyArray<string>) => note(`declare ${names.join()}`),
+      undeclare: () => Effect.as(note("undeclare"), marks.shift() ?? [])
+    }
+  } as unknown as Store.Store
   // The same jitter in every run.
-  yield* Effect.forkScoped(Random.withSeed(loops[3]!, "marking"))
+  yield* Effect.forkScoped(Random.withSeed(Ticker.declaring(store, ["mine"]), "marking"))
   return { asked, fail: (now: boolean) => void (fails = now) }
 })
 
