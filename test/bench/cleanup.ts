@@ -118,7 +118,10 @@ const compare = Effect.fnUntraced(function*(strategy: string) {
   const begun = { at: 0, worked: 0 }
   const cleaning = yield* Effect.forkChild(
     gate.await.pipe(
-      Effect.andThen(Tasks.cleanUpOnce(store, gate.await)),
+      Effect.andThen(Tasks.cleanUpOnce({
+        ...store,
+        apart: (batch, options) => Effect.andThen(gate.await, store.apart(batch, options))
+      })),
       Effect.tap((jobs) => Deferred.succeed(cleaned, jobs))
     )
   )
