@@ -37,10 +37,11 @@ const page = 5000
 
 /**
  * How many finished jobs, or keys, are removed in one statement, and how much longer than it the pause after it is: a few
- * milliseconds of work that nobody who runs jobs feels, and still a million in a few minutes.
+ * milliseconds of work that nobody who runs jobs feels, and still a million in three minutes. Beside 1 000 jobs a second the
+ * p99 of a claim is 2.7 ms without it and 3.1 ms with it (`test/bench/cleanup.ts`); with four times as long, 2.9 and 3.7 ms.
  */
 const removals = 250
-const rest = 4
+const rest = 8
 /** The longest pause, in milliseconds. */
 const longestRest = 5000
 

@@ -7,7 +7,7 @@
  * One process, one server of its own (or `DATABASE_URL`, in the schema `bench_cleanup`).
  */
 import { PgClient } from "@effect/sql-pg"
-import { Deferred, Effect, Fiber, Latch, Layer, Redacted, References, Schema } from "effect"
+import { Effect, Fiber, Layer, Redacted, References, Schema } from "effect"
 import { SqlClient } from "effect/sql"
 import { loadavg } from "node:os"
 import { Job, JobQueue, Worker } from "../../src/index.ts"
@@ -113,41 +113,30 @@ const compare = Effect.fnUntraced(function*(strategy: string) {
   // Nobody else cleans up today.
   yield* store.take("cleanup", 0)
 
-  const gate = Latch.makeUnsafe(false)
-  const cleaned = Deferred.makeUnsafe<number>()
-  const begun = { at: 0, worked: 0 }
-  const cleaning = yield* Effect.forkChild(
-    gate.await.pipe(
-      Effect.andThen(Tasks.cleanUpOnce({
-        ...store,
-        apart: (batch, options) => Effect.andThen(gate.await, store.apart(batch, options))
-      })),
-      Effect.tap((jobs) => Deferred.succeed(cleaned, jobs))
-    )
-  )
+  let worked = 0
+  let done = false
   const running = yield* Effect.forkChild(load)
   // Warm.
   yield* Effect.sleep(3000)
   const rest: Array<Window> = []
   const work: Array<Window> = []
-  while (!Deferred.isDoneUnsafe(cleaned) && work.length < 100) {
+  while (!done) {
     rest.push(yield* observe)
-    gate.openUnsafe()
-    begun.at = performance.now()
+    const cleaning = yield* Effect.forkChild(Tasks.cleanUpOnce(store))
+    const begun = performance.now()
     const one = yield* observe
-    begun.worked += performance.now() - begun.at
-    gate.closeUnsafe()
-    if (!Deferred.isDoneUnsafe(cleaned)) work.push(one)
+    done = cleaning.pollUnsafe() !== undefined
+    worked += performance.now() - begun
+    if (!done) work.push(one)
+    yield* Fiber.interrupt(cleaning)
   }
   yield* Fiber.interrupt(running)
   const before = show(`${strategy}: at rest`, rest)
   const after = show(`${strategy}: at work`, work)
-  const jobs = yield* Deferred.await(cleaned)
-  yield* Fiber.join(cleaning)
   console.log(
-    `${strategy}: ${jobs} jobs in ${(begun.worked / 1000).toFixed(0)} s of work; claim p99 ${
-      after >= before ? "+" : ""
-    }${((after / before - 1) * 100).toFixed(0)} %; load average ${loadavg()[0]!.toFixed(1)}`
+    `${strategy}: ${old} jobs in ${(worked / 1000).toFixed(0)} s of work; claim p99 ${after >= before ? "+" : ""}${
+      ((after / before - 1) * 100).toFixed(0)
+    } %; load average ${loadavg()[0]!.toFixed(1)}`
   )
   const [left] = yield* sql<{ archived: number }>`select count(*)::int as archived from bench_cleanup.archive`
   console.log(`${strategy}: ${left!.archived} in the archive`)
