@@ -100,11 +100,16 @@ export const make = Effect.fnUntraced(function*(db: Database.Database, schema: s
     }
   }
 
-  const tell = (news: News, job: string): void => {
-    tellHere(news, job)
-    told.add(`${news} ${job}`)
+  /** Has the other processes told, with the next round. */
+  const say = (payload: string): void => {
+    told.add(payload)
     silent.closeUnsafe()
     pending.openUnsafe()
+  }
+
+  const tell = (news: News, job: string): void => {
+    tellHere(news, job)
+    say(`${news} ${job}`)
   }
 
   const scheduledHere = (): void => {
@@ -113,9 +118,7 @@ export const make = Effect.fnUntraced(function*(db: Database.Database, schema: s
 
   const scheduled = (): void => {
     scheduledHere()
-    told.add(scheduleWritten)
-    silent.closeUnsafe()
-    pending.openUnsafe()
+    say(scheduleWritten)
   }
 
   if (db.connect !== undefined) {
