@@ -185,7 +185,9 @@ export const make = Effect.fnUntraced(function*(options: {
 
   const answered = Database.answeredWithin(insertBound)
   const plainly: Send = (jobs, patience) =>
-    answered(UniqueKeys.insertPlain(options.store, jobs, { inUserTransaction: false, patience }))
+    UniqueKeys.freshFirst((fresh) =>
+      answered(UniqueKeys.insertPlain(options.store, jobs, { inUserTransaction: false, patience, fresh }))
+    )
   const keyed: Send = (jobs, patience) =>
     answered(UniqueKeys.insertKeyed(options.store, jobs, { inUserTransaction: false, patience }))
   // An id that was made here cannot be in a stranger's transaction; one that the caller chose can.

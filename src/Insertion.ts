@@ -56,6 +56,35 @@ export const columnsOf = (jobs: ReadonlyArray<NewJob>, patience?: number): Array
   jobs.map((job) => job.awaited === true ? "awaited" : "")
 ]
 
+/**
+ * The parameters of `insertNew`: ids as the text of an array, and a column that says the same of every job once. A driver
+ * looks at each element of an array by itself: for 1 000 jobs 13 full columns took it 4.6 ms, these take 0.9 ms.
+ */
+export const newColumnsOf = (jobs: ReadonlyArray<NewJob>): Array<unknown> => [
+  arrayText(jobs.map((job) => job.id)),
+  column(jobs, (job) => job.kind),
+  column(jobs, (job) => job.queue),
+  column(jobs, (job) => job.priority),
+  column(jobs, (job) => String(job.delay)),
+  column(jobs, (job) => job.runAt === undefined ? "" : String(job.runAt)),
+  column(jobs, (job) => job.maxAttempts),
+  column(jobs, (job) => job.timeout === undefined ? "" : String(job.timeout)),
+  jobs.map((job) => job.payload),
+  column(jobs, (job) => job.metadata),
+  column(jobs, (job) => job.trace ?? ""),
+  column(jobs, (job) => job.awaited === true ? "awaited" : "")
+]
+
+/** Values of which none needs quotes, as the text of an array. */
+export const arrayText = (values: ReadonlyArray<string | number>): string => `{${values.join(",")}}`
+
+/** A value of each of some rows; of the first one only, when all are the same. */
+export const column = <A, B>(rows: ReadonlyArray<A>, value: (row: A) => B): ReadonlyArray<B> => {
+  if (rows.length === 0) return []
+  const first = value(rows[0]!)
+  return rows.every((row) => value(row) === first) ? [first] : rows.map(value)
+}
+
 /** The parameters of `insertUnique`. */
 export const keyedColumnsOf = (jobs: ReadonlyArray<NewJob>, patience?: number): Array<unknown> => [
   ...columnsOf(jobs, patience),
@@ -105,6 +134,33 @@ export const statements = (s: string) => {
       ${s}.refuse_finished(coalesce(pg_catalog.array_agg(id), '{}'), ${expected})::text as checked from inserted`
 
   const insert = `with ${input("", false)}, ${insertion("input", "null", "0")}`
+
+  // Jobs whose ids were made for this very statement, outside any transaction of the application. Neither looked for
+  // beforehand nor guarded against a conflict, which is a third of the work (12 us a job instead of 18). Sent again after
+  // its answer was lost it fails, with 23505, or with what the last look raises when the job has ended meanwhile; then
+  // `insert` is to be sent. A column of which there is only one value has it for all rows.
+  const insertNew = `with clock as materialized (select pg_catalog.clock_timestamp() as now), inserted as (
+      insert into ${s}.job (id, kind, queue, priority, run_at, scheduled_for, max_attempts, timeout_ms, payload, metadata, trace, awaited, enqueued_at)
+      select i.id, i.kind, i.queue, i.priority, i.run_at, i.run_at, i.max_attempts, i.timeout_ms, i.payload, i.metadata, i.trace, i.awaited, i.now
+      from (
+        select i.id, coalesce(i.kind, ($2::text[])[1]) as kind, coalesce(i.queue, ($3::text[])[1]) as queue,
+          coalesce(i.priority, ($4::int2[])[1]) as priority, coalesce(i.max_attempts, ($7::int4[])[1]) as max_attempts,
+          nullif(coalesce(i.timeout_ms, ($8::text[])[1]), '')::int8 as timeout_ms, i.payload,
+          coalesce(i.metadata, ($10::json[])[1]) as metadata, nullif(coalesce(i.trace, ($11::text[])[1]), '') as trace,
+          coalesce(i.awaited, ($12::text[])[1]) <> '' as awaited, c.now,
+          greatest(c.now, case when coalesce(i.run_at, ($6::text[])[1]) = ''
+            then c.now + coalesce(i.delay, ($5::text[])[1])::float8 * interval '1 millisecond'
+            else timestamptz 'epoch' + coalesce(i.run_at, ($6::text[])[1])::float8 * interval '1 millisecond' end) as run_at
+        from clock c, unnest($1::uuid[], $2::text[], $3::text[], $4::int2[], $5::text[], $6::text[], $7::int4[], $8::text[],
+          $9::json[], $10::json[], $11::text[], $12::text[])
+          as i(id, kind, queue, priority, delay, run_at, max_attempts, timeout_ms, payload, metadata, trace, awaited)
+        offset 0
+      ) i
+      returning id, queue, priority, run_at, kind
+    ), line as (
+      insert into ${s}.ready (queue, lane, run_at, id, kind, attempt) select queue, priority, run_at, id, kind, 0 from inserted
+    )
+    select ${s}.refuse_ended(pg_catalog.array_agg(id))::text as checked from inserted`
   // An id that is there already takes no key with it: nobody would ever give that key back. One that comes in at the same
   // time has won a key and inserts nothing; that is refused at the end, and the filter drops it when it is sent again.
   // Keys are taken in order, so that two batches cannot deadlock, and with DO NOTHING, so that the holder is never
@@ -170,5 +226,5 @@ export const statements = (s: string) => {
         where u.key = i.key and case when u.expires_at <= pg_catalog.clock_timestamp() then true else false end for update skip locked
       ) k))`
 
-  return { insert, insertUnique, holders, replace, expireKeys }
+  return { insert, insertNew, insertUnique, holders, replace, expireKeys }
 }

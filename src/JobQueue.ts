@@ -43,7 +43,10 @@ export interface Options {
   readonly migrate?: boolean | undefined
   /** What to do when there is no database at start: wait for it, or fail with `SqlError`. Default `"wait"`. */
   readonly onUnavailable?: "wait" | "fail" | undefined
-  /** How many connections the queue opens beside the listener's, the notifier's and the heartbeat's. Default 5. */
+  /**
+   * How many connections the queue opens at most, beside the listener's, the notifier's and the heartbeat's: half of them
+   * for enqueues, claims and settlements, half for everything else. Default 8.
+   */
   readonly maxConnections?: number | undefined
   /** Allow enqueues inside a transaction of another `SqlClient`; they are not part of it. Default `false`. */
   readonly allowForeignTransaction?: boolean | undefined
@@ -151,7 +154,7 @@ const make = Effect.fnUntraced(function*(options: Options) {
   if (!Database.isSchemaName(schema)) {
     return yield* invalid("schema must match [a-z_][a-z0-9_]* and have at most 41 characters")
   }
-  const maxConnections = options.maxConnections ?? 5
+  const maxConnections = options.maxConnections ?? 8
   if (!Number.isInteger(maxConnections) || maxConnections < 1) {
     return yield* invalid("maxConnections must be a positive integer")
   }
@@ -201,8 +204,12 @@ const make = Effect.fnUntraced(function*(options: Options) {
     })
 
   /** Inserts jobs in the transaction that is open, in statements of bounded size. */
-  const insertMany = Effect.fnUntraced(function*(jobs: ReadonlyArray<Store.NewJob>, inUserTransaction: boolean) {
-    const manner = { inUserTransaction, patience: undefined }
+  const insertMany = Effect.fnUntraced(function*(
+    jobs: ReadonlyArray<Store.NewJob>,
+    inUserTransaction: boolean,
+    fresh = false
+  ) {
+    const manner = { inUserTransaction, patience: undefined, fresh }
     const enqueued = new Map<Store.NewJob, Enqueued>()
     for (const part of parts(jobs.filter((job) => job.unique === undefined))) {
       const done = yield* UniqueKeys.insertPlain(store, part, manner)
@@ -233,7 +240,11 @@ const make = Effect.fnUntraced(function*(options: Options) {
 
   /** Inserts in a transaction of the queue's own. */
   const insertApart = (jobs: ReadonlyArray<Store.NewJob>) =>
-    Database.transaction(database.own, insertMany(jobs, false)).pipe(
+    UniqueKeys.freshFirst((fresh) =>
+      database.connect === undefined
+        ? Database.transaction(database.app, insertMany(jobs, true))
+        : Database.transaction(database.hot, insertMany(jobs, false, fresh))
+    ).pipe(
       Database.answeredWithin(bulkBound + jobs.length * bulkBoundPerJob),
       Grouping.persistently,
       Effect.tap((enqueued) => Effect.sync(() => announce(enqueued)))

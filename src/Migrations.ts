@@ -302,12 +302,26 @@ const time = (s: string): ReadonlyArray<string> => [
   `insert into ${s}.setting (name, value) values ('cleanup', '{}') on conflict (name) do nothing`
 ]
 
+/** The statements of migration 4: what makes the hot statements cheaper. */
+const pace = (s: string): ReadonlyArray<string> => [
+  // The last look of an insert, for the queue's own sessions, whose settings are known: to set and restore two of them at
+  // each call was a tenth of the time of an insert of one job.
+  `create function ${s}.refuse_ended(ids uuid[]) returns void language plpgsql volatile as $$
+  begin
+    if exists (select 1 from ${s}.finished f where f.id = any (ids)) then
+      raise exception 'a job with this id has already ended' using errcode = 'PQ001';
+    end if;
+  end $$`,
+  `revoke all on function ${s}.refuse_ended(uuid[]) from public`
+]
+
 const migrations: ReadonlyArray<
   readonly [id: number, name: string, (quotedSchema: string, channel: string) => ReadonlyArray<string>]
 > = [
   [1, "initial", initial],
   [2, "life", life],
-  [3, "time", time]
+  [3, "time", time],
+  [4, "pace", pace]
 ]
 
 /** The version of the storage that this library needs. */

@@ -6,6 +6,7 @@
 import * as Effect from "effect/Effect"
 import type { SqlError } from "effect/sql/SqlError"
 import { createHash } from "node:crypto"
+import * as Database from "./Database.ts"
 import type { Enqueued, JobId } from "./Enqueue.ts"
 import type * as Store from "./Store.ts"
 
@@ -14,6 +15,8 @@ export interface Manner {
   readonly inUserTransaction: boolean
   /** Milliseconds to wait for a transaction that has taken the same id or key and not ended; no limit when undefined. */
   readonly patience: number | undefined
+  /** Ids that were made here have not been sent before. */
+  readonly fresh?: boolean
 }
 
 /**
@@ -22,13 +25,22 @@ export interface Manner {
 export const insertPlain = (
   store: Store.Store,
   jobs: ReadonlyArray<Store.NewJob>,
-  { inUserTransaction, patience }: Manner
+  { fresh, inUserTransaction, patience }: Manner
 ): Effect.Effect<ReadonlyArray<Enqueued>, SqlError> =>
-  Effect.map(store.insert(jobs, inUserTransaction, patience), (ids) => {
-    const inserted = new Set(ids)
-    // Of two jobs with one id the first went in.
-    return jobs.map((job) => enqueuedAs(job, inserted.delete(job.id)))
-  })
+  fresh === true && !jobs.some((job) => job.idGiven === true)
+    ? Effect.as(store.insertNew(jobs), jobs.map((job) => enqueuedAs(job, true)))
+    : Effect.map(store.insert(jobs, inUserTransaction, patience), (ids) => {
+      const inserted = new Set(ids)
+      // Of two jobs with one id the first went in.
+      return jobs.map((job) => enqueuedAs(job, inserted.delete(job.id)))
+    })
+
+/**
+ * Sends what was not sent before, and as a replay when it turns out that it was: its answer was lost.
+ */
+export const freshFirst = <A>(
+  send: (fresh: boolean) => Effect.Effect<A, SqlError>
+): Effect.Effect<A, SqlError> => Effect.catchIf(send(true), Database.isReplay, () => send(false))
 
 /**
  * Inserts jobs with unique keys. The losers read the holders, in a second statement, replace them where the rule says so,
