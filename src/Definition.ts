@@ -54,6 +54,13 @@ export interface Options<P, A extends Schema.Top, E extends Schema.Top, Q extend
   readonly unique?: ((payload: AsSchema<P>["Type"]) => string | Enqueue.Unique | undefined) | undefined
   /** Former names of this kind; their jobs are handled as this one's. */
   readonly aliases?: ReadonlyArray<string> | undefined
+  /**
+   * Whether a job that has completed is kept until the cleanup. Default `true`. Off, its end leaves nothing behind but a
+   * count, which is a third less work for the server; those that `execute` waits for, and all that are cancelled or
+   * discarded, are kept. What is not kept cannot be found by `Admin` or `poll`, and an enqueue under the same `id` is a new
+   * job.
+   */
+  readonly keepCompleted?: boolean | undefined
 }
 
 /** What a payload is made of. */
@@ -68,6 +75,7 @@ export interface Definition {
   readonly name: string
   readonly family: boolean
   readonly aliases: ReadonlyArray<string>
+  readonly keepCompleted: boolean
   readonly retry: Retry<unknown> | undefined
   readonly payloadSchema: Schema.Top
   readonly successSchema: Schema.Top
@@ -162,6 +170,7 @@ export const make = (
     name,
     family: isFamily,
     aliases: options.aliases ?? [],
+    keepCompleted: options.keepCompleted ?? true,
     retry: options.retry as Retry<unknown> | undefined,
     payloadSchema,
     successSchema,

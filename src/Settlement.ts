@@ -36,6 +36,8 @@ export interface Entry {
   readonly ran: number
   /** When it ended, by this process's monotonic clock, in milliseconds; just now when undefined. */
   readonly endedAt?: number | undefined
+  /** Nothing is kept of it when it has completed, unless somebody waits for its end. */
+  readonly forget?: boolean | undefined
 }
 
 /**
@@ -77,7 +79,8 @@ export const columnsOf = (
     once.map((entry) => String(Math.max(0, entry.ran))),
     worker,
     channel,
-    once.map(({ endedAt }) => endedAt === undefined || now === undefined ? "0" : String(Math.max(0, now - endedAt)))
+    once.map(({ endedAt }) => endedAt === undefined || now === undefined ? "0" : String(Math.max(0, now - endedAt))),
+    once.map(({ forget }) => forget === true ? "forget" : "")
   ]
 }
 
@@ -100,7 +103,8 @@ export const finishedColumnsOf = (
       once.map(({ endedAt }) => endedAt === undefined || now === undefined ? 0 : Math.max(0, now - endedAt))
     ),
     worker,
-    channel
+    channel,
+    Insertion.column(once, ({ forget }) => forget === true ? "forget" : "")
   ]
 }
 
@@ -172,13 +176,13 @@ export const statements = (s: string) => {
 
   // The rest is the same for all three once `decided` says for each job: status (null: back in line), next_attempt,
   // next_rescued, next_snoozed, next_run_at, when the run ended, which an outage may have kept from being told, and the failure to record, if any.
-  const writes = (worker: string, lease: string, more = putBack(worker)) =>
+  const writes = (worker: string, lease: string, kept: string, more = putBack(worker)) =>
     `ended as (
       insert into ${s}.finished (id, kind, queue, priority, status, reason, result, error, attempt, max_attempts, timeout_ms,
         rescued, snoozed, lease, worker, group_key, trace, metadata, enqueued_at, scheduled_for, started_at, finished_at, payload, progress)
       select id, kind, queue, priority, status, end_reason, end_result, failure, next_attempt, max_attempts, timeout_ms,
         next_rescued, next_snoozed, ${lease}, ${worker}, group_key, trace, metadata, enqueued_at, scheduled_for, started_at, ended_at, payload, progress
-      from decided where status is not null on conflict (id) do nothing
+      from decided where status is not null${kept} on conflict (id) do nothing
     ), removed as (
       delete from ${s}.job where id = any (array(select id from decided where status is not null))
     ), ${freed("status is not null and key_held")}, ${more}${outOfLeases}`
@@ -196,14 +200,14 @@ export const statements = (s: string) => {
 
   const settleBy = (writes: string) =>
     `with input as materialized (
-      select * from unnest($1::uuid[], $2::uuid[], $3::text[], $4::text[], $5::text[], $6::text[], $7::text[], $8::text[], $9::text[], $10::text[], $13::text[])
-        as i(lease, id, verb, result, reason, delay_ms, tag, message, error, ran_ms, age_ms)
+      select * from unnest($1::uuid[], $2::uuid[], $3::text[], $4::text[], $5::text[], $6::text[], $7::text[], $8::text[], $9::text[], $10::text[], $13::text[],
+        $14::text[]) as i(lease, id, verb, result, reason, delay_ms, tag, message, error, ran_ms, age_ms, forget)
     ), held as materialized (
       select l.id, l.ids from ${s}.lease l where l.id = any (array(select distinct lease from input)) order by l.id for update
     ), ${checked}, ${
       locked(
         "(select * from checked where mine)",
-        "m.lease, m.verb, m.result, m.reason, m.delay_ms, m.tag, m.message, m.error, m.ran_ms, m.age_ms"
+        "m.lease, m.verb, m.result, m.reason, m.delay_ms, m.tag, m.message, m.error, m.ran_ms, m.age_ms, m.forget"
       )
     }, decided as materialized (
       select l.*, c.now, c.now - l.age_ms::float8 * interval '1 millisecond' as ended_at,
@@ -231,20 +235,22 @@ export const statements = (s: string) => {
     from decided where verb <> 'completed' or awaited
     union all select lease::text, id::text, case when busy then 'busy' else 'gone' end, null, false from missing
     union all select lease::text, id::text, 'gone', null, false from checked where not mine`
-  const settle = settleBy(writes("$11::uuid", "lease"))
+  const kept = " and (forget = '' or awaited or status <> 'completed')"
+  const settle = settleBy(writes("$11::uuid", "lease", kept))
   // Where everything has completed nothing goes back in line: half as much for the planner, which sees it anew each time.
-  const complete = settleBy(writes("$11::uuid", "lease", ""))
+  const complete = settleBy(writes("$11::uuid", "lease", kept, ""))
 
   // The same where everything has completed, which needs a third less of the server: nothing to decide and nothing to put
   // back, keys looked at only where there are any, and no guard against an id that has ended, which costs as much as the
   // insert itself. Fails with 23505 when there is one; then `settle` is to be sent.
   const finish = `with input as materialized (
-      select coalesce(i.lease, ($1::uuid[])[1]) as lease, i.id, coalesce(i.result, ($3::text[])[1]) as result, i.ran_ms, i.age_ms
-      from unnest($1::uuid[], $2::uuid[], $3::text[], $4::float8[], $5::float8[]) as i(lease, id, result, ran_ms, age_ms)
+      select coalesce(i.lease, ($1::uuid[])[1]) as lease, i.id, coalesce(i.result, ($3::text[])[1]) as result, i.ran_ms, i.age_ms,
+        coalesce(i.forget, ($8::text[])[1]) <> '' as forget
+      from unnest($1::uuid[], $2::uuid[], $3::text[], $4::float8[], $5::float8[], $8::text[]) as i(lease, id, result, ran_ms, age_ms, forget)
     ), held as materialized (
       select l.id, l.ids from ${s}.lease l where l.id = any ($1::uuid[]) order by l.id for update
     ), ${checked}, locked as materialized (
-      select m.lease, m.result as end_result, m.ran_ms, m.age_ms, j.*,
+      select m.lease, m.result as end_result, m.ran_ms, m.age_ms, m.forget, j.*,
         case when j.unique_key is null then null else coalesce(
           (select true from ${s}.unique_key u where u.key = j.unique_key and u.job = j.id for update skip locked), false) end as key_held
       from (select * from checked where mine) m
@@ -262,7 +268,7 @@ export const statements = (s: string) => {
         rescued, snoozed, lease, worker, group_key, trace, metadata, enqueued_at, scheduled_for, started_at, finished_at, payload, progress)
       select id, kind, queue, priority, 'completed', nullif(end_result, '')::json, attempt + 1, max_attempts, timeout_ms,
         rescued, snoozed, lease, $6::uuid, group_key, trace, metadata, enqueued_at, scheduled_for, started_at, ended_at, payload, progress
-      from decided
+      from decided where awaited or not forget
     ), removed as (
       delete from ${s}.job where id = any (array(select id from decided))
     ), ${freed("key_held")}, ${outOfLeases}
@@ -280,7 +286,7 @@ export const statements = (s: string) => {
       select e.lease, e.id from entries e
       where case when e.id in (select id from decided) then false else not exists (select 1 from ${s}.job j where j.id = e.id offset 0) end
     ), out_of_lease as materialized (select lease, id from decided union all select lease, id from missing),
-    ${writes("worker", "lease")}
+    ${writes("worker", "lease", "")}
     select (select pg_catalog.count(*) from held)::int4 as leases, pg_catalog.count(*) filter (where status is null)::int4 as back,
       pg_catalog.count(*) filter (where status is not null)::int4 as ended, pg_catalog.json_agg(distinct queue)::text as queues,
       pg_catalog.json_agg(id) filter (where status is not null and awaited)::text as awaited,
