@@ -196,9 +196,9 @@ export const statements = (s: string) => {
       select j.id, j.queue, j.priority, j.run_at, j.attempt, case when j.rescued >= 2 then 100 else 0 end as suspect
       from ${s}.job j where j.id = $1::uuid for update skip locked
     ), gone as (
-      delete from ${s}.ready r using held h
-      where r.queue = h.queue and r.lane = any (array[h.priority + h.suspect, 200 + h.priority]) and r.run_at = h.run_at and r.id = h.id
-      returning r.id
+      delete from ${s}.ready where queue = (select queue from held) and run_at = (select run_at from held) and id = $1::uuid
+        and lane = any (array[(select priority + suspect from held), (select 200 + priority from held)])
+      returning id
     ), changed as (
       update ${s}.job j set kind = $2::text, queue = $3::text, priority = $4::int2, max_attempts = $5::int4, timeout_ms = $6::int8,
         payload = $7::json, metadata = $8::json, trace = nullif($9::text, ''), progress = null, awaited = j.awaited or $14::text <> '',
@@ -211,7 +211,7 @@ export const statements = (s: string) => {
       returning j.id, j.kind, j.queue, j.priority + h.suspect as lane, j.run_at, j.attempt, j.unique_key
     ), prolonged as (
       update ${s}.unique_key u set expires_at = pg_catalog.clock_timestamp() + nullif($13::text, '')::float8 * interval '1 millisecond'
-      from changed c where u.key = c.unique_key and u.job = c.id and $10::text = 'debounce' and $13::text <> ''
+      from changed c where u.key = (select unique_key from changed) and u.job = c.id and $10::text = 'debounce' and $13::text <> ''
     ), line as (
       insert into ${s}.ready (queue, lane, run_at, id, kind, attempt)
       select queue, lane, run_at, id, kind, attempt from changed on conflict do nothing

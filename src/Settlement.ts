@@ -133,7 +133,8 @@ export const statements = (s: string) => {
       select h.id, array(select pg_catalog.unnest(h.ids) except select o.id from out_of_lease o where o.lease = h.id) as ids from held h
     ), shrunk as (
       update ${s}.lease l set ids = o.ids from left_over o
-      where l.id = o.id and pg_catalog.cardinality(o.ids) > 0 and pg_catalog.cardinality(o.ids) < pg_catalog.cardinality(l.ids)
+      where l.id = any (array(select id from left_over where pg_catalog.cardinality(ids) > 0)) and l.id = o.id
+        and pg_catalog.cardinality(o.ids) < pg_catalog.cardinality(l.ids)
     ), closed as (
       delete from ${s}.lease where id = any (array(select id from left_over where pg_catalog.cardinality(ids) = 0))
     )`

@@ -104,6 +104,18 @@ const open = Effect.fnUntraced(function*(schema: string) {
       { inOrder: true }
     )
 
+  /** As a session plans once what every job goes through: without a look at the values. */
+  const explainOnce = Effect.fnUntraced(function*(text: string) {
+    const hot = (text: string) => db.hot.unsafe<any>(text).unprepared
+    const count = Math.max(...[...text.matchAll(/\$(\d+)/g)].map(([, n]) => Number(n)))
+    yield* hot(`prepare once as ${text}`)
+    const [row] = yield* hot(
+      `explain (format json, verbose) execute once (${Array.from({ length: count }, () => "null").join(", ")})`
+    )
+    yield* hot("deallocate once")
+    return row["QUERY PLAN"][0].Plan as Plan
+  })
+
   const lanes = [2, 5, 8, 102, 105]
   const me = uuid()
   yield* store.register({ id: me, name: "plans", queues: ["default"], kinds: ["k"], prefixes: [], lease: 30_000 })
@@ -149,6 +161,7 @@ const open = Effect.fnUntraced(function*(schema: string) {
     fillSchedules,
     explain,
     explainInOrder,
+    explainOnce,
     claimParams,
     lanes,
     settlement
@@ -289,6 +302,42 @@ const look = Effect.fnUntraced(function*(at: Filled) {
   yield* at.store.release(at.me, [...new Set(entries.map((one) => one.lease))])
 })
 
+/** Looks at the plans that a session keeps: look-ups whatever the tables were like when they were made, empty or not. */
+const lookOnce = Effect.fnUntraced(function*(at: Filled) {
+  const { claim, complete, expireKeys, finish, holders, insert, insertNew, insertUnique, replace, settle } =
+    at.store.texts
+  const texts = { claim, complete, expireKeys, finish, holders, insert, insertNew, insertUnique, replace, settle }
+  for (const [name, text] of Object.entries(texts)) {
+    const nodes = nodesOf(yield* at.explainOnce(text))
+    for (const node of nodes) {
+      const table = node["Relation Name"]
+      if (table === undefined || ["ModifyTable", "Tid Scan"].includes(node["Node Type"])) continue
+      const where = `${name}, planned once: ${node["Node Type"]} on ${table}`
+      assert.match(node["Node Type"], /^Index (Only )?Scan$/, where)
+      const key =
+        { job: "id", finished: "id", unique_key: "key", ready: "queue", lease: "id", worker: "id", attempt: "job" }[
+          table
+        ]
+      assert.isDefined(key, where)
+      assert.match(condition(node), new RegExp(`\\b${key} = `), where)
+      if (table === "ready" && name === "claim") {
+        assert.match(
+          condition(node),
+          /queue = .*lane = .*ROW\([\w.]*run_at, [\w.]*id\) > ROW.*run_at <= statement_timestamp/,
+          where
+        )
+      }
+    }
+    if (/^(settle|complete|finish)/.test(name)) {
+      const texts = nodes.flatMap((node) => [...(node.Output ?? []), node.Filter ?? ""])
+      assert.isNotEmpty(
+        texts.filter((text) => /hashed SubPlan/.test(text)),
+        `${name}, planned once: membership by hash`
+      )
+    }
+  }
+})
+
 /** Looks at the plans of the statements of a scheduler. The table of schedules may be read whole only by who wants them all. */
 const lookAtSchedules = Effect.fnUntraced(function*(at: Filled, analyzed: boolean) {
   const texts = at.store.texts.schedules
@@ -395,9 +444,11 @@ layer(databaseLayer({ maxConnections: 2 }), { excludeTestServices: true, timeout
         yield* at.fill(1000)
         yield* at.analyze
         yield* look(at)
+        yield* lookOnce(at)
         yield* at.fill(59_000)
         yield* at.analyze
         yield* look(at)
+        yield* lookOnce(at)
       }))
   )
 
@@ -406,16 +457,21 @@ layer(databaseLayer({ maxConnections: 2 }), { excludeTestServices: true, timeout
     () =>
       Effect.scoped(Effect.gen(function*() {
         const at = yield* open("stale")
+        yield* lookOnce(at)
         yield* at.analyze
+        yield* lookOnce(at)
         yield* at.fill(1000)
         yield* look(at)
+        yield* lookOnce(at)
         yield* at.fill(59_000)
         yield* look(at)
         yield* at.fill(940_000)
         yield* look(at)
+        yield* lookOnce(at)
         yield* bounded(at, false)
         yield* at.analyze
         yield* look(at)
+        yield* lookOnce(at)
         yield* bounded(at, true)
       })),
     120_000
