@@ -23,7 +23,7 @@ export const backlog =
     const future = scaled(amount.future)
     if (finished > 0) {
       await fill(bench, { count: finished })
-      const before = bench.worker("best", { expect: finished })
+      const before = bench.worker("kept", { expect: finished })
       checked(await before.next("done", 600_000), finished)
       await bench.settles()
       before.send("stop")
@@ -36,7 +36,7 @@ export const backlog =
     await bench.vacuum()
 
     const from = mark(bench)
-    const worker = bench.worker("best", { expect: count, logged: true })
+    const worker = bench.worker("kept", { expect: count, logged: true })
     const report = await worker.next("done", 300_000)
     await sleep(20)
     const loaded = (await claimsSince(bench, from)).map(({ millis }) => millis)

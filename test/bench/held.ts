@@ -10,7 +10,7 @@ import { quantile } from "./statistics.ts"
 export const held = (seconds: number, perSecond: number) => async (bench: Bench): Promise<Values> => {
   const length = bench.seconds(seconds, 6) * 1000
   const part = length / 6
-  const worker = bench.worker("best", { count: true, logged: true })
+  const worker = bench.worker("kept", { count: true, logged: true })
   const producer = bench.producer({ kind: "rate", perSecond })
   await Promise.all([worker.next("ready", 60_000), producer.next("ready", 60_000)])
   let handled = 0
