@@ -11,9 +11,8 @@ import * as Effect from "effect/Effect"
 import * as Exit from "effect/Exit"
 import type * as Fiber from "effect/Fiber"
 import * as Option from "effect/Option"
-import * as References from "effect/References"
 import * as Schema from "effect/Schema"
-import * as Tracer from "effect/Tracer"
+import * as Scope from "effect/Scope"
 import * as Bounded from "./Bounded.ts"
 import * as Current from "./Current.ts"
 import type * as Definition from "./Definition.ts"
@@ -24,6 +23,7 @@ import * as Outcome from "./Outcome.ts"
 import * as RetryPolicy from "./RetryPolicy.ts"
 import type * as Settlement from "./Settlement.ts"
 import type * as Store from "./Store.ts"
+import * as Surroundings from "./Surroundings.ts"
 import type * as Transactional from "./Transactional.ts"
 
 /** A claimed job and what the worker knows of its run. */
@@ -53,7 +53,6 @@ export interface Handling {
   readonly decodeError: Codec
 }
 
-type Handler = (payload: unknown) => Effect.Effect<Current.Ended, Current.Unhandled>
 type Codec = (value: unknown) => Effect.Effect<unknown, Schema.SchemaError | Bounded.TimedOut>
 
 /** Prepares a definition and its registered handler. */
@@ -73,6 +72,10 @@ const answering = (codec: Codec): Codec => (value) => {
   return Exit.isExit(answer) ? answer : Bounded.bounded(answer, undecided)
 }
 
+/** Whether there is nothing to wait for: codecs answer most values at once, with an exit. */
+const isDone = <A, E>(effect: Effect.Effect<A, E>): effect is Exit.Success<A, E> =>
+  Exit.isExit(effect) && Exit.isSuccess(effect)
+
 /** The most that is kept of an encoded typed error, in bytes. */
 const maxErrorBytes = 65_536
 
@@ -90,6 +93,30 @@ class Undecodable {
   }
 }
 
+/** What a handler can do to its run. */
+class Control implements Current.Control {
+  intent: Outcome.Intent | undefined = undefined
+  readonly #fiber: Fiber.Fiber<unknown, unknown>
+  readonly #running: Running
+  readonly #progress: (running: Running, value: string) => Effect.Effect<void>
+  constructor(
+    fiber: Fiber.Fiber<unknown, unknown>,
+    running: Running,
+    progress: (running: Running, value: string) => Effect.Effect<void>
+  ) {
+    // Not `running.fiber`: a handler may come here before the fork has returned it.
+    this.#fiber = fiber
+    this.#running = running
+    this.#progress = progress
+  }
+  interrupt(): void {
+    this.#fiber.interruptUnsafe()
+  }
+  progress(value: string): Effect.Effect<void> {
+    return this.#progress(this.#running, value)
+  }
+}
+
 /**
  * Runs a claimed job and leaves its settlement in `running.entry`. Never fails. To be forked uninterruptible: an
  * interruption then reaches the user's part and nothing else, and the run always ends with a settlement.
@@ -100,88 +127,108 @@ export const make = (options: {
   readonly transactional: Transactional.Transactional
   /** Stores what a handler says of its job. */
   readonly progress: (running: Running, value: string) => Effect.Effect<void>
-}) =>
-(running: Running, handling: Handling, kind: string): Effect.Effect<void> =>
-  Effect.suspend(() => {
-    const clock = Context.get(options.context, Clock.Clock)
-    const startedAt = Bounded.monotonic(clock)
-    const context = Context.merge(options.context, handling.registered.context)
+}) => {
+  const clock = Context.get(options.context, Clock.Clock)
+  // What middleware needs, the worker's layer required; what the handler and its codecs need, the handler's did.
+  const surroundings = new Map<Handling, Surroundings.Surroundings>()
+  const around = (handling: Handling): Surroundings.Surroundings => {
+    const found = surroundings.get(handling)
+    if (found !== undefined) return found
+    const made = Surroundings.make(Context.merge(options.context, handling.registered.context))
+    surroundings.set(handling, made)
+    return made
+  }
+
+  /** `startedAt` is now, for whoever has just asked for the time. */
+  return (
+    running: Running,
+    handling: Handling,
+    kind: string,
+    startedAt: number = Bounded.monotonic(clock)
+  ): Effect.Effect<void> => {
+    const { registered } = handling
+    const { row } = running
+    const its = around(handling)
+
     const handler = (payload: unknown) =>
-      handling.registered.transactional
+      registered.transactional
         ? options.transactional(
           running,
-          handling.registered.run(payload, kind),
+          registered.run(payload, kind),
           (value) => {
             const endedAt = Bounded.monotonic(clock)
             return completed(value, running, handling, { ran: endedAt - startedAt, endedAt })
           }
         )
-        : handling.registered.run(payload, kind)
-    return Effect.gen(function*() {
-      const history = yield* historyOf(running.row, handling)
-      const info = infoOf(running, history)
-      // Not `running.fiber`: a handler may come here before the fork has returned it.
-      const fiber = yield* Effect.withFiber(Effect.succeed)
-      const control: Current.Control = {
-        intent: undefined,
-        interrupt: () => fiber.interruptUnsafe(),
-        progress: (value) => options.progress(running, value)
-      }
-      Current.controlled(info, control)
-      const exit = yield* Effect.exit(Effect.interruptible(body(running, handling, handler, info, options.middleware)))
-      const endedAt = Bounded.monotonic(clock)
-      running.entry = running.settled?.entry ??
-        (yield* settlement(conclude(exit, control.intent, running), running, handling, history, {
-          ran: endedAt - startedAt,
-          endedAt,
-          // The database's clock when it was claimed and our own since then: what the stored attempts are measured with.
-          at: running.row.claimed_at + endedAt - running.claimedAt
-        }))
-      // What middleware needs, the worker's layer required; what the handler and its codecs need, the handler's did.
-    }).pipe(Effect.provideContext(context))
-  })
+        : registered.run(payload, kind)
 
-/** The part that can be interrupted: everything of the user's. */
-const body = (
-  running: Running,
-  handling: Handling,
-  handler: Handler,
-  info: Job.Info,
-  middleware: ReadonlyArray<Job.Middleware>
-) => {
-  const wrapped = (payload: unknown) => {
-    let run = running.row.timeout_ms === null
-      ? handler(payload)
-      : withTimeout(handler(payload), running, info, running.row.timeout_ms)
-    for (let i = middleware.length - 1; i >= 0; i--) run = middleware[i]!(run, info)
-    return run
-  }
-  return Effect.suspend(() => handling.decode(JSON.parse(running.row.payload))).pipe(
-    Effect.mapError((error) => new Undecodable(error.message)),
-    Effect.flatMap((payload) =>
-      Effect.withSpan(Effect.scoped(wrapped(payload)), `job ${info.kind}`, {
-        kind: "consumer",
-        ...parentOf(running.row.trace),
-        attributes: {
-          "messaging.system": "effect-pgqueue",
-          "messaging.destination.name": info.queue,
-          "messaging.message.id": info.id,
-          "job.kind": info.kind,
-          "job.attempt": info.attempt
-        },
-        captureStackTrace: false
+    const wrapped = (payload: unknown, info: Job.Info) => {
+      let run = row.timeout_ms === null
+        ? handler(payload)
+        : withTimeout(handler(payload), running, info, row.timeout_ms)
+      for (let i = options.middleware.length - 1; i >= 0; i--) run = options.middleware[i]!(run, info)
+      return run
+    }
+
+    // In one piece and without a generator: a handler that does not wait, and codecs that do not, are done in one go.
+    const start = (history: ReadonlyArray<RetryPolicy.Attempt<unknown>>) =>
+      Effect.withFiber((fiber) => {
+        const info = infoOf(running, history)
+        const control = new Control(fiber, running, options.progress)
+        Current.controlled(info, control)
+        const before = fiber.context
+        const informed = its.informed(info)
+        let surrounding: Surroundings.Surrounding | undefined
+
+        const handle = (payload: unknown) => {
+          const run = wrapped(payload, info)
+          const { context, scope } = surrounding = its.begin(informed, info, row.trace)
+          fiber.setContext(context)
+          return Effect.onExit(run, (exit) => Scope.closeUnsafe(scope, exit) ?? Effect.void)
+        }
+        /** Everything of the user's. */
+        const body = Effect.suspend(() => {
+          fiber.setContext(informed)
+          const decoded = handling.decode(JSON.parse(row.payload))
+          return isDone(decoded)
+            ? handle(decoded.value)
+            : Effect.flatMap(Effect.mapError(decoded, (error) => new Undecodable(error.message)), handle)
+        })
+
+        return Effect.flatMap(Effect.exit(Effect.interruptible(body)), (exit) => {
+          if (surrounding !== undefined) its.end(surrounding, exit)
+          fiber.setContext(before)
+          const endedAt = Bounded.monotonic(clock)
+          if (running.settled !== undefined) {
+            running.entry = running.settled.entry
+            return Effect.void
+          }
+          const settling = settlement(conclude(exit, control.intent, running), running, handling, history, {
+            ran: endedAt - startedAt,
+            endedAt,
+            // The database's clock when it was claimed and our own since then: what the stored attempts are measured with.
+            at: row.claimed_at + endedAt - running.claimedAt
+          })
+          if (isDone(settling)) {
+            running.entry = settling.value
+            return Effect.void
+          }
+          return Effect.setContext(
+            Effect.map(settling, (entry) => {
+              running.entry = entry
+            }),
+            its.context
+          )
+        })
       })
-    ),
-    Effect.provideService(Current.Current, info),
-    Effect.updateService(References.CurrentLogAnnotations, (annotations) => ({
-      ...annotations,
-      "job.id": info.id,
-      "job.kind": info.kind,
-      "job.queue": info.queue,
-      "job.attempt": info.attempt
-    }))
-  )
+
+    return row.history === null
+      ? start(none)
+      : Effect.flatMap(Effect.setContext(historyOf(row.history, handling), its.context), start)
+  }
 }
+
+const none: ReadonlyArray<never> = []
 
 /**
  * Interrupts the run when its time is over. A handler that does not stop keeps its slot and its lease, so that it never
@@ -226,6 +273,15 @@ const settlement = (
   history: ReadonlyArray<RetryPolicy.Attempt<unknown>>,
   ended: { readonly ran: number; readonly endedAt: number; readonly at: number }
 ): Effect.Effect<Settlement.Entry> => {
+  if (outcome._tag === "Complete") {
+    const entry = completed(outcome.value, running, handling, ended)
+    if (isDone(entry)) return Effect.succeed(entry.value)
+    return Effect.catch(
+      entry,
+      (message) =>
+        settlement({ _tag: "Retry", failure: { _tag: "Defect", message }, message }, running, handling, history, ended)
+    )
+  }
   const entry = (verb: Settlement.Verb, more: Partial<Settlement.Entry>): Settlement.Entry => ({
     ...entryOf(running, verb),
     ran: ended.ran,
@@ -233,15 +289,6 @@ const settlement = (
     ...more
   })
   switch (outcome._tag) {
-    case "Complete":
-      return Effect.catch(completed(outcome.value, running, handling, ended), (message) =>
-        settlement(
-          { _tag: "Retry", failure: { _tag: "Defect", message }, message },
-          running,
-          handling,
-          history,
-          ended
-        ))
     case "Retry":
       return Effect.gen(function*() {
         const delay = yield* Bounded.bounded(
@@ -281,20 +328,30 @@ const completed = (
   running: Running,
   handling: Handling,
   ended: { readonly ran: number; readonly endedAt: number }
-): Effect.Effect<Settlement.Entry, string> =>
-  Effect.flatMap(
-    handling.encodeSuccess(value),
+): Effect.Effect<Settlement.Entry, string> => {
+  const entry = (result: string | undefined): Settlement.Entry => ({
+    lease: running.lease,
+    id: running.row.id,
+    verb: "completed",
+    result,
+    reason: undefined,
+    delay: undefined,
+    failure: undefined,
+    ran: ended.ran,
+    endedAt: ended.endedAt
+  })
+  const encoded = handling.encodeSuccess(value)
+  // Most have no result.
+  if (isDone(encoded) && encoded.value === null) return Effect.succeed(entry(undefined))
+  return Effect.flatMap(
+    encoded,
     (encoded) => jsonText(encoded, maxPayloadBytes, () => (message) => ({ message }), "the result")
   ).pipe(
-    Effect.map((result): Settlement.Entry => ({
-      ...entryOf(running, "completed"),
-      ran: ended.ran,
-      endedAt: ended.endedAt,
-      result: result === "null" ? undefined : result
-    })),
+    Effect.map((result) => entry(result === "null" ? undefined : result)),
     // Whatever the codec does, a run ends with a settlement.
     Effect.catchCause((cause) => Effect.fail(Outcome.sanitize(`the result cannot be stored: ${messageOf(cause)}`)))
   )
+}
 
 const messageOf = (cause: Cause.Cause<{ readonly message: string }>): string =>
   cause.reasons.find(Cause.isFailReason)?.error.message ?? Outcome.describe(cause)
@@ -314,7 +371,8 @@ export const entryOf = (running: Running, verb: Settlement.Verb): Settlement.Ent
   reason: undefined,
   delay: undefined,
   failure: undefined,
-  ran: 0
+  ran: 0,
+  endedAt: undefined
 })
 
 /** An error that does not fit its schema, or is too large, is kept as text only. */
@@ -325,13 +383,16 @@ const encodeError = (handling: Handling, error: unknown): Effect.Effect<string |
   ).pipe(Effect.catchCause(() => Effect.undefined))
 
 const historyOf = (
-  row: Store.ClaimedRow,
+  history: string,
   handling: Handling
 ): Effect.Effect<ReadonlyArray<RetryPolicy.Attempt<unknown>>> =>
-  row.history === null
-    ? Effect.succeed([])
-    : Effect.forEach(JSON.parse(row.history) as ReadonlyArray<Store.AttemptRow>, (attempt) =>
-      Effect.map(failureOf(attempt, handling), (failure) => ({ at: attempt.at, failure })))
+  Effect.suspend(() =>
+    // Sound: what the storage wrote.
+    Effect.forEach(
+      JSON.parse(history) as ReadonlyArray<Store.AttemptRow>,
+      (attempt) => Effect.map(failureOf(attempt, handling), (failure) => ({ at: attempt.at, failure }))
+    )
+  )
 
 const failureOf = (
   attempt: Store.AttemptRow,
@@ -366,17 +427,18 @@ const infoOf = (running: Running, history: ReadonlyArray<RetryPolicy.Attempt<unk
     priority: row.priority,
     attempt: row.attempt + 1,
     maxAttempts: row.max_attempts,
-    enqueuedAt: DateTime.makeUnsafe(row.enqueued_at),
-    scheduledFor: DateTime.makeUnsafe(row.scheduled_for),
-    metadata: JSON.parse(row.metadata) as Job.Metadata,
-    lastFailure: Option.map(Option.fromUndefinedOr(history[history.length - 1]), ({ failure }) => failure),
+    enqueuedAt: utcOf(row.enqueued_at),
+    scheduledFor: utcOf(row.scheduled_for),
+    metadata: row.metadata === "{}" ? {} : JSON.parse(row.metadata) as Job.Metadata,
+    lastFailure: history.length === 0 ? Option.none() : Option.some(history[history.length - 1]!.failure),
     progress: row.progress === null ? Option.none() : Option.some(JSON.parse(row.progress) as Schema.Json)
   }
 }
 
-const parentOf = (trace: string | null): { readonly parent?: Tracer.ExternalSpan; readonly root?: true } => {
-  const found = trace === null ? null : /^00-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{2})$/.exec(trace)
-  return found === null
-    ? { root: true }
-    : { parent: Tracer.externalSpan({ traceId: found[1]!, spanId: found[2]!, sampled: found[3] === "01" }) }
+let latest = DateTime.makeUnsafe(0)
+
+/** Jobs come in line many in a millisecond, and are first due when they do; to make a `DateTime` takes half a microsecond. */
+const utcOf = (millis: number): DateTime.Utc => {
+  if (latest.epochMilliseconds !== Math.trunc(millis)) latest = DateTime.makeUnsafe(millis)
+  return latest
 }
