@@ -32,7 +32,7 @@ const waitedTooLong = 500
 export interface Line {
   readonly queue: string
   readonly concurrency: number
-  /** Claimed and not started, in the order in which to start. */
+  /** Claimed and not started: the last is the next to start. */
   readonly buffer: Array<Run.Running>
   running: number
   /** How many jobs ended in the last 100 ms, roughly: a count that decays. */
@@ -99,7 +99,11 @@ export const claimed = (
   rows: ReadonlyArray<Store.ClaimedRow>,
   options: { readonly sweep: boolean; readonly startedAt: number; readonly now: number }
 ): void => {
-  for (const row of rows) line.cursors.set(row.lane, { lane: row.lane, runAt: row.run_at, id: row.id })
+  for (let i = 0; i < rows.length; i++) {
+    const { id, lane, run_at: runAt } = rows[i]!
+    // The last of each lane counts.
+    if (rows[i + 1]?.lane !== lane) line.cursors.set(lane, { lane, runAt, id })
+  }
   if (options.sweep) {
     line.sweptAt = options.now
     line.sweepCost = line.sweepCost * Math.pow(0.5, (options.now - line.sweepCostAt) / 2000) +
@@ -111,10 +115,15 @@ export const claimed = (
 /** Puts claimed jobs into the buffer at their place. */
 export const add = (line: Line, jobs: ReadonlyArray<Run.Running>): void => {
   line.buffer.push(...jobs)
-  line.buffer.sort((a, b) =>
-    a.row.lane - b.row.lane || Number(BigInt(a.row.run_at) - BigInt(b.row.run_at)) || (a.row.id < b.row.id ? -1 : 1)
-  )
+  line.buffer.sort(backwards)
 }
+
+/** The order of the line, from its end. */
+const backwards = ({ row: a }: Run.Running, { row: b }: Run.Running): number =>
+  b.lane - a.lane ||
+  // Microseconds as text, never of before 1970: what is longer is later.
+  b.run_at.length - a.run_at.length ||
+  (a.run_at === b.run_at ? (a.id < b.id ? 1 : -1) : a.run_at < b.run_at ? 1 : -1)
 
 /** Notes that a job was started. */
 export const started = (line: Line, now: number): void => {

@@ -25,8 +25,8 @@ import * as Telemetry from "./Telemetry.ts"
 export interface Liveness {
   /** The identity under which to claim. It changes when this process was declared dead. */
   readonly id: () => string
-  /** Whether a job may be started now. */
-  readonly alive: () => boolean
+  /** Whether a job may be started now; `at` is for whoever has just asked for the time. */
+  readonly alive: (at?: number) => boolean
   /** There once this process has been alive, without a gap, for a whole lease time: only then may it judge others. */
   readonly standing: () => Contact.Standing | undefined
   /** Says that a connection was lost: nothing starts until the leases have been compared. */
@@ -85,8 +85,8 @@ export const make = Effect.fnUntraced(function*(options: {
   let retired = false
   let lost = true
 
-  const inTime = () => now() - lastBeat < options.lease - margin
-  const alive = () => registered && inTime() && lastBeat > doubted
+  const inTime = (at = now()) => at - lastBeat < options.lease - margin
+  const alive = (at?: number) => registered && inTime(at) && lastBeat > doubted
 
   const loseAll = (unheard: boolean) => {
     aliveSince = Infinity

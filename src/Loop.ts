@@ -59,6 +59,8 @@ const progressPause = 20
 /** How many cancellations of jobs that a claim may bring are kept in mind: anybody can announce them. */
 const mostCancelling = 1000
 
+const uninterruptible = { uninterruptible: true }
+
 /**
  * Starts the loop in the current scope.
  */
@@ -212,39 +214,52 @@ export const start = Effect.fnUntraced(function*(options: {
 
   /** Starts what is claimed for as long as there is a free slot. */
   const fill = (line: Line.Line): void => {
-    while (line.running < line.concurrency && line.buffer.length > 0 && liveness.alive() && !stopping) {
-      launch(line, line.buffer.shift()!)
+    // A handler that does not wait has ended when it has been started, and its slot is free again.
+    let endings = 0
+    let at = now()
+    while (line.running < line.concurrency && line.buffer.length > 0 && liveness.alive(at) && !stopping) {
+      const running = line.buffer.pop()!
+      Line.started(line, at)
+      // A route that was there when the job was claimed is there now.
+      const { handling, kind } = router.find(running.row.kind!)!
+      const fiber = running.fiber = runFork(run(running, handling, kind, at), uninterruptible)
+      if (fiber.pollUnsafe() === undefined) {
+        runs.add(running)
+        fiber.addObserver(() => {
+          runs.delete(running)
+          ended(line, running, handling, now())
+          fill(line)
+          timekeeper.freed(line.queue)
+        })
+        at = now()
+      } else {
+        // It is now: one clock reading a job, where four cost 0.4 µs.
+        at = running.entry?.endedAt ?? now()
+        ended(line, running, handling, at)
+        endings++
+      }
     }
+    if (endings > 0) timekeeper.freed(line.queue)
   }
 
-  const launch = (line: Line.Line, running: Run.Running): void => {
-    Line.started(line, now())
-    runs.add(running)
-    // A route that was there when the job was claimed is there now.
-    const { handling, kind } = router.find(running.row.kind!)!
-    running.fiber = runFork(run(running, handling, kind), { uninterruptible: true })
-    running.fiber.addObserver(() => {
-      runs.delete(running)
-      Line.ended(line, now())
-      if (isSuspect(running)) suspects--
-      const entry = running.entry ??= {
-        ...Run.entryOf(running, "failed"),
-        delay: 60_000,
-        failure: { tag: "Defect", message: "the run left no outcome", error: undefined }
-      }
-      if (entry.verb === "completed") counts.completed++
-      else if (entry.verb === "failed" || entry.verb === "discarded") counts.failed++
-      if (running.settled === undefined) {
-        const its = handling.registered.transactional ? settlerOfTransactions : settler
-        its.push(entry)
-      } else {
-        settled(entry, running.settled.answer)
-        // A handler's own transaction tells nobody.
-        if (running.settled.answer?.awaited === true) wakeup.tell("end", entry.id)
-      }
-      fill(line)
-      timekeeper.freed(line.queue)
-    })
+  const ended = (line: Line.Line, running: Run.Running, handling: Run.Handling, at: number): void => {
+    Line.ended(line, at)
+    if (isSuspect(running)) suspects--
+    const entry = running.entry ??= {
+      ...Run.entryOf(running, "failed"),
+      delay: 60_000,
+      failure: { tag: "Defect", message: "the run left no outcome", error: undefined }
+    }
+    if (entry.verb === "completed") counts.completed++
+    else if (entry.verb === "failed" || entry.verb === "discarded") counts.failed++
+    if (running.settled === undefined) {
+      const its = handling.registered.transactional ? settlerOfTransactions : settler
+      its.push(entry)
+    } else {
+      settled(entry, running.settled.answer)
+      // A handler's own transaction tells nobody.
+      if (running.settled.answer?.awaited === true) wakeup.tell("end", entry.id)
+    }
   }
 
   // ---------------------------------------------------------------------------
@@ -293,7 +308,7 @@ export const start = Effect.fnUntraced(function*(options: {
     }))
     for (const running of jobs) {
       lease.jobs.set(running.row.id, running)
-      if (cancelling.has(running.row.id)) liveness.hurry()
+      if (cancelling.size > 0 && cancelling.has(running.row.id)) liveness.hurry()
       if (isSuspect(running)) suspects++
       // Told to stop, or declared dead, meanwhile; a job whose row is gone, or that is cancelled; one suspect too many:
       // back, unburnt.

@@ -108,10 +108,13 @@ export const make = (options: {
     Effect.suspend(() => Bounded.bounded(options.store.settle(options.worker(), entries, options.now()), settleBound))
       .pipe(
         Effect.flatMap((answers) => {
-          const found = new Map(answers.map((answer) => [answer.lease + answer.id, answer]))
+          // Mostly there are none: what completed as asked is not answered.
+          const found = answers.length === 0
+            ? undefined
+            : new Map(answers.map((answer) => [answer.lease + answer.id, answer]))
           const busy: Array<Settlement.Entry> = []
           for (const entry of entries) {
-            const answer = found.get(entry.lease + entry.id)
+            const answer = found?.get(entry.lease + entry.id)
             if (answer?.state === "busy") busy.push(entry)
             else options.onSettled(entry, answer)
           }
