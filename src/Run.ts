@@ -180,9 +180,9 @@ export const make = (options: {
         const informed = its.informed(info)
         let surrounding: Surroundings.Surrounding | undefined
 
-        const handle = (payload: unknown) => {
+        const handle = (payload: unknown, at: number) => {
           const run = wrapped(payload, info)
-          const { context, scope } = surrounding = its.begin(informed, info, row.trace)
+          const { context, scope } = surrounding = its.begin(informed, info, row.trace, at)
           fiber.setContext(context)
           return Effect.onExit(run, (exit) => Scope.closeUnsafe(scope, exit) ?? Effect.void)
         }
@@ -190,15 +190,17 @@ export const make = (options: {
         const body = Effect.suspend(() => {
           fiber.setContext(informed)
           const decoded = handling.decode(JSON.parse(row.payload))
-          return isDone(decoded)
-            ? handle(decoded.value)
-            : Effect.flatMap(Effect.mapError(decoded, (error) => new Undecodable(error.message)), handle)
+          if (isDone(decoded)) return handle(decoded.value, startedAt)
+          return Effect.flatMap(
+            Effect.mapError(decoded, (error) => new Undecodable(error.message)),
+            (payload) => handle(payload, Bounded.monotonic(clock))
+          )
         })
 
         return Effect.flatMap(Effect.exit(Effect.interruptible(body)), (exit) => {
-          if (surrounding !== undefined) its.end(surrounding, exit)
-          fiber.setContext(before)
           const endedAt = Bounded.monotonic(clock)
+          if (surrounding !== undefined) its.end(surrounding, exit, endedAt)
+          fiber.setContext(before)
           if (running.settled !== undefined) {
             running.entry = running.settled.entry
             return Effect.void

@@ -268,6 +268,7 @@ describe("the span of a run", () => {
   it.effect("is there for the handler where nobody exports it", () =>
     Effect.gen(function*() {
       const seen: Array<Tracer.Span> = []
+      yield* TestClock.setTime(7)
       const running = yield* ran(Effect.gen(function*() {
         const span = yield* Effect.orDie(Effect.currentSpan)
         seen.push(span)
@@ -286,11 +287,50 @@ describe("the span of a run", () => {
         ["job.attempt", 3],
         ["more", 1]
       ])
-      assert.isTrue(Exit.isSuccess(statusOf(seen[0]!).exit))
+      assert.deepStrictEqual(statusOf(seen[0]!), {
+        _tag: "Ended",
+        startTime: 7_000_000n,
+        endTime: 7_000_000n,
+        exit: Exit.void
+      })
       yield* ran(Effect.map(Effect.orDie(Effect.currentSpan), (span) => void seen.push(span)))
       assert.strictEqual(seen[1]!.attributes.get("messaging.message.id"), id)
       seen[1]!.attribute("late", 1)
       assert.isFalse(seen[1]!.attributes.has("late"))
+    }))
+
+  it.effect("shows its times and its end where nobody exports it, whenever it is looked at", () =>
+    Effect.gen(function*() {
+      const spans: Array<Tracer.Span> = []
+      const keep = Effect.map(Effect.orDie(Effect.currentSpan), (span) => void spans.push(span))
+      const start1 = yield* start(Effect.andThen(keep, Effect.sleep(1000)), {
+        row: { trace: `00-${traceId}-0123456789abcdef-00` }
+      })
+      yield* TestClock.adjust(10)
+      const start2 = yield* start(Effect.andThen(keep, Effect.sleep(1000)))
+      const [first, second] = spans
+      assert.deepStrictEqual(first!.status, { _tag: "Started", startTime: 0n })
+      yield* TestClock.adjust(2000)
+      assert.isDefined(start1.entry)
+      assert.isDefined(start2.entry)
+      assert.deepStrictEqual(statusOf(first!), {
+        _tag: "Ended",
+        startTime: 0n,
+        endTime: 1_000_000_000n,
+        exit: Exit.void
+      })
+      assert.deepStrictEqual(statusOf(second!), {
+        _tag: "Ended",
+        startTime: 10_000_000n,
+        endTime: 1_010_000_000n,
+        exit: Exit.void
+      })
+      assert.deepStrictEqual(
+        spans.map(({ kind, links, sampled, traceId: trace }) => [kind, links, sampled, trace === traceId]),
+        [["consumer", [], false, true], ["consumer", [], true, false]]
+      )
+      yield* ran(keep, { own: Context.make(References.TracerTimingEnabled, false) })
+      assert.deepInclude(spans[2]!.status, { startTime: 0n, endTime: 0n })
     }))
 
   it.effect("is where a tracer can enter, and is named in the traces of errors", () =>
