@@ -12,7 +12,6 @@ import * as Exit from "effect/Exit"
 import type * as Fiber from "effect/Fiber"
 import * as Option from "effect/Option"
 import * as Schema from "effect/Schema"
-import * as Scope from "effect/Scope"
 import * as Bounded from "./Bounded.ts"
 import * as Current from "./Current.ts"
 import type * as Definition from "./Definition.ts"
@@ -93,21 +92,40 @@ class Undecodable {
   }
 }
 
-/** What a handler can do to its run. */
-class Control implements Current.Control {
+/** What a handler can know of its run, and do to it. Most do not ask. */
+class Subject implements Surroundings.Subject, Current.Control {
   intent: Outcome.Intent | undefined = undefined
   readonly #fiber: Fiber.Fiber<unknown, unknown>
   readonly #running: Running
+  readonly #history: ReadonlyArray<RetryPolicy.Attempt<unknown>>
   readonly #progress: (running: Running, value: string) => Effect.Effect<void>
+  #info: Job.Info | undefined = undefined
+
   constructor(
     fiber: Fiber.Fiber<unknown, unknown>,
     running: Running,
+    history: ReadonlyArray<RetryPolicy.Attempt<unknown>>,
     progress: (running: Running, value: string) => Effect.Effect<void>
   ) {
     // Not `running.fiber`: a handler may come here before the fork has returned it.
     this.#fiber = fiber
     this.#running = running
+    this.#history = history
     this.#progress = progress
+  }
+  get kind(): string {
+    // Sound: a job whose row is gone has no kind, and is never run.
+    return this.#running.row.kind as string
+  }
+  get trace(): string | null {
+    return this.#running.row.trace
+  }
+  get info(): Job.Info {
+    if (this.#info === undefined) {
+      this.#info = infoOf(this.#running, this.#history)
+      Current.controlled(this.#info, this)
+    }
+    return this.#info
   }
   interrupt(): void {
     this.#fiber.interruptUnsafe()
@@ -139,6 +157,28 @@ export const make = (options: {
     return made
   }
 
+  /** The handler, inside its timeout, inside the middleware. */
+  const wrapped = (
+    payload: unknown,
+    running: Running,
+    handling: Handling,
+    kind: string,
+    startedAt: number,
+    subject: Subject
+  ) => {
+    let run = handling.registered.run(payload, kind)
+    if (handling.registered.transactional) {
+      run = options.transactional(running, run, (value) => {
+        const endedAt = Bounded.monotonic(clock)
+        return completed(value, running, handling, { ran: endedAt - startedAt, endedAt })
+      })
+    }
+    const millis = running.row.timeout_ms
+    if (millis !== null) run = withTimeout(run, running, subject.info, millis)
+    for (let i = options.middleware.length - 1; i >= 0; i--) run = options.middleware[i]!(run, subject.info)
+    return run
+  }
+
   /** `startedAt` is now, for whoever has just asked for the time. */
   return (
     running: Running,
@@ -146,51 +186,28 @@ export const make = (options: {
     kind: string,
     startedAt: number = Bounded.monotonic(clock)
   ): Effect.Effect<void> => {
-    const { registered } = handling
     const { row } = running
     const its = around(handling)
-
-    const handler = (payload: unknown) =>
-      registered.transactional
-        ? options.transactional(
-          running,
-          registered.run(payload, kind),
-          (value) => {
-            const endedAt = Bounded.monotonic(clock)
-            return completed(value, running, handling, { ran: endedAt - startedAt, endedAt })
-          }
-        )
-        : registered.run(payload, kind)
-
-    const wrapped = (payload: unknown, info: Job.Info) => {
-      let run = row.timeout_ms === null
-        ? handler(payload)
-        : withTimeout(handler(payload), running, info, row.timeout_ms)
-      for (let i = options.middleware.length - 1; i >= 0; i--) run = options.middleware[i]!(run, info)
-      return run
-    }
 
     // In one piece and without a generator: a handler that does not wait, and codecs that do not, are done in one go.
     const start = (history: ReadonlyArray<RetryPolicy.Attempt<unknown>>) =>
       Effect.withFiber((fiber) => {
-        const info = infoOf(running, history)
-        const control = new Control(fiber, running, options.progress)
-        Current.controlled(info, control)
+        const subject = new Subject(fiber, running, history, options.progress)
         const before = fiber.context
-        const informed = its.informed(info)
         let surrounding: Surroundings.Surrounding | undefined
 
         const handle = (payload: unknown, at: number) => {
-          const run = wrapped(payload, info)
-          const { context, scope } = surrounding = its.begin(informed, info, row.trace, at)
-          fiber.setContext(context)
-          return Effect.onExit(run, (exit) => Scope.closeUnsafe(scope, exit) ?? Effect.void)
+          const run = wrapped(payload, running, handling, kind, startedAt, subject)
+          const own = surrounding = its.begin(subject, at)
+          fiber.setContext(Context.makeUnsafe(own))
+          return Effect.onExit(run, (exit) => own.close(exit) ?? Effect.void)
         }
         /** Everything of the user's. */
         const body = Effect.suspend(() => {
-          fiber.setContext(informed)
+          fiber.setContext(its.context)
           const decoded = handling.decode(JSON.parse(row.payload))
           if (isDone(decoded)) return handle(decoded.value, startedAt)
+          fiber.setContext(its.informed(subject))
           return Effect.flatMap(
             Effect.mapError(decoded, (error) => new Undecodable(error.message)),
             (payload) => handle(payload, Bounded.monotonic(clock))
@@ -205,7 +222,7 @@ export const make = (options: {
             running.entry = running.settled.entry
             return Effect.void
           }
-          const settling = settlement(conclude(exit, control.intent, running), running, handling, history, {
+          const settling = settlement(conclude(exit, subject.intent, running), running, handling, history, {
             ran: endedAt - startedAt,
             endedAt,
             // The database's clock when it was claimed and our own since then: what the stored attempts are measured with.
@@ -331,29 +348,36 @@ const completed = (
   handling: Handling,
   ended: { readonly ran: number; readonly endedAt: number }
 ): Effect.Effect<Settlement.Entry, string> => {
-  const entry = (result: string | undefined): Settlement.Entry => ({
-    lease: running.lease,
-    id: running.row.id,
-    verb: "completed",
-    result,
-    reason: undefined,
-    delay: undefined,
-    failure: undefined,
-    ran: ended.ran,
-    endedAt: ended.endedAt
-  })
   const encoded = handling.encodeSuccess(value)
   // Most have no result.
-  if (isDone(encoded) && encoded.value === null) return Effect.succeed(entry(undefined))
+  if (isDone(encoded) && encoded.value === null) {
+    return Effect.succeed(completion(running, undefined, ended))
+  }
   return Effect.flatMap(
     encoded,
     (encoded) => jsonText(encoded, maxPayloadBytes, () => (message) => ({ message }), "the result")
   ).pipe(
-    Effect.map((result) => entry(result === "null" ? undefined : result)),
+    Effect.map((result) => completion(running, result === "null" ? undefined : result, ended)),
     // Whatever the codec does, a run ends with a settlement.
     Effect.catchCause((cause) => Effect.fail(Outcome.sanitize(`the result cannot be stored: ${messageOf(cause)}`)))
   )
 }
+
+const completion = (
+  running: Running,
+  result: string | undefined,
+  { endedAt, ran }: { readonly ran: number; readonly endedAt: number }
+): Settlement.Entry => ({
+  lease: running.lease,
+  id: running.row.id,
+  verb: "completed",
+  result,
+  reason: undefined,
+  delay: undefined,
+  failure: undefined,
+  ran,
+  endedAt
+})
 
 const messageOf = (cause: Cause.Cause<{ readonly message: string }>): string =>
   cause.reasons.find(Cause.isFailReason)?.error.message ?? Outcome.describe(cause)

@@ -514,3 +514,65 @@ describe("a run", () => {
       assert.deepInclude(stopped.entry, { verb: "released", ran: 50 })
     }))
 })
+
+describe("the context of a run", () => {
+  it.effect("is one like any other: what is in it can be listed, copied, replaced and kept", () =>
+    Effect.gen(function*() {
+      class Name extends Context.Service<Name, string>()("effect-pgqueue/test/run.test/Named") {}
+      const own = Context.make(Name, "mine") as Context.Context<never>
+      let kept: Context.Context<any> | undefined
+      yield* ran(
+        Effect.gen(function*() {
+          const context: Context.Context<any> = kept = yield* Effect.context<any>()
+          const keys = [...context.mapUnsafe.keys()]
+          assert.strictEqual(context.mapUnsafe.size, keys.length)
+          for (const key of keys) assert.isTrue(context.mapUnsafe.has(key))
+          assert.lengthOf([...context.mapUnsafe.values()], keys.length)
+          assert.deepStrictEqual([...context.mapUnsafe.entries()], [...context.mapUnsafe])
+          let count = 0
+          context.mapUnsafe.forEach(() => count++)
+          assert.strictEqual(count, keys.length)
+          for (const key of [Job.Current, Scope.Scope, Tracer.ParentSpan, References.CurrentLogAnnotations, Name]) {
+            assert.include(keys, key.key)
+            const merged = Context.merge(Context.empty(), context)
+            assert.strictEqual(Context.getUnsafe(merged, key as any), Context.getUnsafe(context, key as any))
+          }
+          assert.isTrue(Option.isNone(Context.getOption(context, Context.Service<string>("nobody's"))))
+          const info = yield* Job.Current
+          const other = { ...info, attempt: 9 }
+          // More lookups than it has services, over services that were added.
+          yield* Effect.gen(function*() {
+            for (let i = 0; i < 2 * keys.length + 20; i++) {
+              assert.strictEqual(yield* Name, "mine")
+              assert.strictEqual(yield* Job.Current, other)
+            }
+          }).pipe(Effect.provideService(Job.Current, other))
+          assert.strictEqual(yield* Job.Current, info)
+        }) as any,
+        { own }
+      ).pipe(Effect.tap(({ entry }) => Effect.sync(() => assert.deepInclude(entry, { verb: "completed" }))))
+      // In what has outlived it.
+      let closed = false
+      yield* Effect.provideContext(
+        Effect.addFinalizer(() => Effect.sync(() => void (closed = true))),
+        kept!
+      ) as Effect.Effect<void>
+      assert.isTrue(closed)
+    }))
+
+  it.effect("has a scope that is closed for whoever asks for it later", () =>
+    Effect.gen(function*() {
+      let closed = false
+      const late = yield* Deferred.make<void>()
+      const done = yield* Deferred.make<void>()
+      yield* ran(Effect.forkDetach(
+        Deferred.await(late).pipe(
+          Effect.andThen(Effect.addFinalizer(() => Effect.sync(() => void (closed = true)))),
+          Effect.andThen(Deferred.succeed(done, undefined))
+        )
+      ))
+      yield* Deferred.succeed(late, undefined)
+      yield* Deferred.await(done)
+      assert.isTrue(closed)
+    }))
+})
