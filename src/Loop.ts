@@ -222,10 +222,13 @@ export const start = Effect.fnUntraced(function*(options: {
       Line.started(line, at)
       // A route that was there when the job was claimed is there now.
       const { handling, kind } = router.find(running.row.kind!)!
-      const fiber = running.fiber = runFork(run(running, handling, kind, at), uninterruptible)
+      const fiber = runFork(run(running, handling, kind, at), uninterruptible)
       if (fiber.pollUnsafe() === undefined) {
+        running.fiber = fiber
         runs.add(running)
         fiber.addObserver(() => {
+          // What waits for its settlement needs to keep no fiber.
+          running.fiber = undefined
           runs.delete(running)
           ended(line, running, handling, now())
           fill(line)
@@ -296,27 +299,28 @@ export const start = Effect.fnUntraced(function*(options: {
     Line.claimed(line, rows, { sweep, startedAt, now: claimedAt })
     if (rows.length === 0) leases.forget(lease.id)
     lease.confirmed = true
-    const jobs = rows.map((row): Run.Running => ({
-      row,
-      lease: lease.id,
-      queue: line.queue,
-      claimedAt,
-      fiber: undefined,
-      interruption: undefined,
-      entry: undefined,
-      settled: undefined
-    }))
-    for (const running of jobs) {
-      lease.jobs.set(running.row.id, running)
-      if (cancelling.size > 0 && cancelling.has(running.row.id)) liveness.hurry()
+    const wanted: Array<Run.Running> = []
+    for (const row of rows) {
+      const running: Run.Running = {
+        row,
+        lease: lease.id,
+        queue: line.queue,
+        claimedAt,
+        fiber: undefined,
+        interruption: undefined,
+        entry: undefined,
+        settled: undefined
+      }
+      lease.jobs.set(row.id, running)
+      if (cancelling.size > 0 && cancelling.has(row.id)) liveness.hurry()
       if (isSuspect(running)) suspects++
       // Told to stop, or declared dead, meanwhile; a job whose row is gone, or that is cancelled; one suspect too many:
       // back, unburnt.
-      const unwanted = stopping || worker !== liveness.id() || running.row.kind === null || running.row.cancelled ||
+      const unwanted = stopping || worker !== liveness.id() || row.kind === null || row.cancelled ||
         (isSuspect(running) && suspects > 1)
       if (unwanted) handBack(running)
+      else wanted.push(running)
     }
-    const wanted = jobs.filter((running) => running.entry === undefined)
     startable += limit - wanted.length
     Line.add(line, wanted)
     fill(line)
