@@ -21,6 +21,8 @@ import { Job } from "../src/index.ts"
 import * as Run from "../src/Run.ts"
 import type * as Store from "../src/Store.ts"
 
+class Name extends Context.Service<Name, string>()("effect-pgqueue/test/run.test/Name") {}
+
 const id = "0198c0de-0000-7000-8000-000000000000"
 const traceId = "0123456789abcdef0123456789abcdef"
 
@@ -490,7 +492,6 @@ describe("a run", () => {
 
   it.effect("decodes and encodes in the handler's context, waits for slow codecs, and can be interrupted in the first", () =>
     Effect.gen(function*() {
-      class Name extends Context.Service<Name, string>()("effect-pgqueue/test/run.test/Name") {}
       const Slow = Schema.String.pipe(Schema.decodeTo(Schema.String, {
         decode: SchemaGetter.transformEffect((text: string) =>
           Effect.andThen(Effect.sleep(100), Effect.map(Job.Current, ({ kind }) => `${text} ${kind}`))
@@ -518,7 +519,6 @@ describe("a run", () => {
 describe("the context of a run", () => {
   it.effect("is one like any other: what is in it can be listed, copied, replaced and kept", () =>
     Effect.gen(function*() {
-      class Name extends Context.Service<Name, string>()("effect-pgqueue/test/run.test/Named") {}
       const own = Context.make(Name, "mine") as Context.Context<never>
       let kept: Context.Context<any> | undefined
       yield* ran(
