@@ -157,15 +157,7 @@ export const make = (
     // Sound: it is called with a payload of this definition only.
     unique: options.unique as Enqueue.Defaults["unique"]
   }
-  const resolve: Definition["resolve"] = (payload, own) =>
-    Enqueue.resolve(
-      name,
-      payloadSchema,
-      encode,
-      defaults,
-      payload === undefined && !takesUndefined ? {} : payload,
-      own
-    )
+  const jobs = Enqueue.resolver({ kind: name, schema: payloadSchema, encode, takesUndefined, defaults })
   const definition: Definition = {
     name,
     family: isFamily,
@@ -176,7 +168,7 @@ export const make = (
     successSchema,
     errorSchema,
     key: Context.Service<unknown, Registered>(`effect-pgqueue/Job/Handler/${isFamily ? "*" : "="}${name}`),
-    resolve
+    resolve: jobs.one
   }
 
   /** What the end of a job is to whoever waits for it. */
@@ -208,22 +200,11 @@ export const make = (
     successSchema,
     errorSchema,
     enqueue: (payload: unknown, own?: Enqueue.EnqueueOptions) =>
-      Effect.flatMap(JobQueue, (queue) => queue.enqueue(resolve(payload, own ?? {}))),
+      Effect.flatMap(JobQueue, (queue) => queue.enqueue(jobs.one(payload, own))),
     enqueueAll: (
       payloads: Iterable<unknown>,
       own?: Enqueue.EnqueueOptions | ((payload: unknown, index: number) => Enqueue.EnqueueOptions)
-    ) =>
-      Effect.flatMap(
-        JobQueue,
-        (queue) =>
-          queue.enqueueAll(Effect.forEach(payloads, (payload, index) =>
-            resolve(
-              payload,
-              typeof own === "function"
-                ? (made) => own(made, index)
-                : own ?? {}
-            )))
-      ),
+    ) => Effect.flatMap(JobQueue, (queue) => queue.enqueueAll(jobs.all(payloads, own))),
     execute: (
       payload: unknown,
       { wait, ...own }: Enqueue.EnqueueOptions & { readonly wait?: Duration.Input | undefined } = {}
@@ -238,7 +219,7 @@ export const make = (
           })
         }
         const queue = yield* JobQueue
-        return yield* resultOf(yield* queue.execute(resolve(payload, own), millis))
+        return yield* resultOf(yield* queue.execute(jobs.one(payload, own), millis))
       }),
     poll: (id: string) =>
       Effect.gen(function*() {
