@@ -181,12 +181,19 @@ const make = Effect.fnUntraced(function*(options: Options) {
 
   const awaiting = yield* Awaiting.make(store, wakeup)
 
-  const enqueue = yield* Grouping.make({
-    store,
-    onEnqueued: (job, { status }) => {
-      if (status !== "existing") wakeup.mark(job.queue, delayOf(job))
-    }
-  })
+  /** Wakes the workers for what has gone in, each queue once. */
+  const announce = (jobs: ReadonlyArray<Store.NewJob>, enqueued: ReadonlyArray<Enqueued>): void => {
+    const due = new Map<string, number>()
+    jobs.forEach((job, index) => {
+      if (enqueued[index]!.status === "existing") return
+      const known = due.get(job.queue)
+      const delay = delayOf(job)
+      if (known === undefined || delay < known) due.set(job.queue, delay)
+    })
+    due.forEach((delay, queue) => wakeup.mark(queue, delay))
+  }
+
+  const enqueue = yield* Grouping.make({ store, onEnqueued: announce })
 
   /** Whether this fiber's transaction is the queue's client's. Checked at the call, before any grouping. */
   const inTransaction = (kind: () => string): Effect.Effect<boolean, EnqueueError> =>
@@ -210,45 +217,37 @@ const make = Effect.fnUntraced(function*(options: Options) {
     fresh = false
   ) {
     const manner = { inUserTransaction, patience: undefined, fresh }
-    const enqueued = new Map<Store.NewJob, Enqueued>()
-    for (const part of parts(jobs.filter((job) => job.unique === undefined))) {
-      const done = yield* UniqueKeys.insertPlain(store, part, manner)
-      part.forEach((job, index) => enqueued.set(job, done[index]!))
-    }
-    for (const part of parts(UniqueKeys.inKeyOrder(jobs.filter((job) => job.unique !== undefined)))) {
-      const done = yield* UniqueKeys.insertKeyed(store, part, manner)
-      part.forEach((job, index) => enqueued.set(job, done[index]!))
-    }
-    return enqueued
+    const plain = jobs.filter((job) => job.unique === undefined)
+    const done: Array<Enqueued> = []
+    for (const part of parts(plain)) done.push(...yield* UniqueKeys.insertPlain(store, part, manner))
+    if (plain.length === jobs.length) return done
+    const keyed = UniqueKeys.inKeyOrder(jobs.filter((job) => job.unique !== undefined))
+    for (const part of parts(keyed)) done.push(...yield* UniqueKeys.insertKeyed(store, part, manner))
+    const enqueued = new Map([...plain, ...keyed].map((job, index) => [job, done[index]!] as const))
+    return jobs.map((job) => enqueued.get(job)!)
   })
 
-  /** Wakes the workers for what has gone in. */
-  const announce = (enqueued: ReadonlyMap<Store.NewJob, Enqueued>): void => {
-    const due = new Map<string, number>()
-    for (const [job, { status }] of enqueued) {
-      if (status !== "existing") due.set(job.queue, Math.min(due.get(job.queue) ?? Infinity, delayOf(job)))
-    }
-    due.forEach((delay, queue) => wakeup.mark(queue, delay))
-  }
-
   /** Inserts in the caller's transaction, and wakes only after it has committed. */
-  const insertHere = (jobs: ReadonlyArray<Store.NewJob>) =>
+  const insertHere = (jobs: ReadonlyArray<Store.NewJob>): Effect.Effect<ReadonlyArray<Enqueued>, SqlError> =>
     Effect.tap(
       insertMany(jobs, true),
-      (enqueued) => client.afterCommit(Effect.sync(() => announce(enqueued)))
+      (enqueued) => client.afterCommit(Effect.sync(() => announce(jobs, enqueued)))
     )
 
-  /** Inserts in a transaction of the queue's own. */
-  const insertApart = (jobs: ReadonlyArray<Store.NewJob>) =>
-    UniqueKeys.freshFirst((fresh) =>
-      database.connect === undefined
+  /** Inserts all or none, outside the caller's transaction: what one statement does needs none of its own. */
+  const insertApart = (jobs: ReadonlyArray<Store.NewJob>): Effect.Effect<ReadonlyArray<Enqueued>, SqlError> => {
+    const isOneStatement = jobs.length <= Grouping.maxRows && jobs.every((job) => job.unique === undefined)
+    return UniqueKeys.freshFirst((fresh) => {
+      if (isOneStatement) return insertMany(jobs, false, fresh)
+      return database.connect === undefined
         ? Database.transaction(database.app, insertMany(jobs, true))
         : Database.transaction(database.hot, insertMany(jobs, false, fresh))
-    ).pipe(
+    }).pipe(
       Database.answeredWithin(bulkBound + jobs.length * bulkBoundPerJob),
       Grouping.persistently,
-      Effect.tap((enqueued) => Effect.sync(() => announce(enqueued)))
+      Effect.tap((enqueued) => Effect.sync(() => announce(jobs, enqueued)))
     )
+  }
 
   const executeError = (id: string, reason: Awaiting.ExecuteError["reason"], message: string) =>
     new Awaiting.ExecuteError({ id, reason, message })
@@ -275,17 +274,14 @@ const make = Effect.fnUntraced(function*(options: Options) {
       Effect.flatMap(resolve, (job) =>
         Effect.flatMap(inTransaction(() => job.kind), (here) =>
           here
-            ? Effect.map(insertHere([job]), (enqueued) => enqueued.get(job)!)
+            ? Effect.map(insertHere([job]), (enqueued) => enqueued[0]!)
             : enqueue(job))),
     enqueueAll: (resolve) =>
       Effect.flatMap(resolve, (jobs) =>
         Effect.flatMap(inTransaction(() => jobs[0]?.kind ?? ""), (here) => {
           if (jobs.length === 0) return Effect.succeed([])
           // In the caller's transaction a savepoint makes it all or none.
-          return Effect.map(
-            here ? client.withTransaction(insertHere(jobs)) : insertApart(jobs),
-            (enqueued) => jobs.map((job) => enqueued.get(job)!)
-          )
+          return here ? client.withTransaction(insertHere(jobs)) : insertApart(jobs)
         })),
     execute: (resolve, wait) =>
       Effect.flatMap(resolve, (job) =>

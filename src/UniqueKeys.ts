@@ -30,6 +30,7 @@ export const insertPlain = (
   fresh === true && !jobs.some((job) => job.idGiven === true)
     ? Effect.as(store.insertNew(jobs), jobs.map((job) => enqueuedAs(job, true)))
     : Effect.map(store.insert(jobs, inUserTransaction, patience), (ids) => {
+      if (ids.size === jobs.length) return jobs.map((job) => enqueuedAs(job, true))
       const inserted = new Set(ids)
       // Of two jobs with one id the first went in.
       return jobs.map((job) => enqueuedAs(job, inserted.delete(job.id)))
