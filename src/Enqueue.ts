@@ -426,8 +426,10 @@ const problemOfValue = (value: unknown, depth: number): string | undefined => {
       }
       const prototype = Object.getPrototypeOf(value)
       if (prototype !== Object.prototype && prototype !== null) return "holds an object that is not a plain one"
-      for (const item of Object.values(value)) {
-        // A field that is undefined is a field that is left out.
+      // By key, because `Object.values` costs 0.2 µs a job.
+      for (const key in value) {
+        // Sound: a key of this very object. A field that is undefined is a field that is left out.
+        const item = value[key as keyof typeof value] as unknown
         const problem = item === undefined ? undefined : problemOfValue(item, depth + 1)
         if (problem !== undefined) return problem
       }
