@@ -16,6 +16,7 @@ import * as Bounded from "./Bounded.ts"
 import * as Database from "./Database.ts"
 import type { Enqueued } from "./Enqueue.ts"
 import type * as Store from "./Store.ts"
+import * as Turn from "./Turn.ts"
 import * as UniqueKeys from "./UniqueKeys.ts"
 
 /** The most rows of one insert: beyond it nothing is gained, and one statement must not hold its locks for long. */
@@ -167,7 +168,8 @@ export const make = Effect.fnUntraced(function*(options: {
       )
 
     const sender = Effect.gen(function*() {
-      yield* microtask
+      // Whoever was woken together goes together, and one who is alone at once.
+      yield* Turn.end
       while (pending.length > 0) {
         const group = pending.slice(0, maxRows).filter((one) => !one.over)
         pending = pending.slice(maxRows)
@@ -215,12 +217,6 @@ export const make = Effect.fnUntraced(function*(options: {
 })
 
 const lockTimeout = "55P03"
-
-/**
- * The end of what runs now: whoever was woken together enqueues before it, and nothing else comes in between. A turn of the
- * event loop would cost an enqueue that is alone a wait behind all that is due in it.
- */
-const microtask = Effect.callback<void>((resume) => queueMicrotask(() => resume(Effect.void)))
 
 /**
  * Tries again through an outage, for a while. The ids are the same each time, so nothing is inserted twice.

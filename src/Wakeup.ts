@@ -8,11 +8,13 @@ import type * as PgConnection from "@effect/sql-pg/PgConnection"
 import * as Effect from "effect/Effect"
 import * as Latch from "effect/Latch"
 import * as Queue from "effect/Queue"
+import * as Scheduler from "effect/Scheduler"
 import type * as Scope from "effect/Scope"
 import * as Bounded from "./Bounded.ts"
 import * as Database from "./Database.ts"
 import * as Episode from "./Episode.ts"
 import * as Store from "./Store.ts"
+import * as Turn from "./Turn.ts"
 
 /** Whoever wants to hear: a worker, or somebody who waits for a job. */
 export interface Listener {
@@ -126,11 +128,13 @@ export const make = Effect.fnUntraced(function*(db: Database.Database, schema: s
     const connect = db.connect({ synchronous_commit: "off" })
     const notifier = (succeeded: Effect.Effect<void>) =>
       Bounded.scoped(Effect.gen(function*() {
-        yield* pending.await
+        // Before there is anything to say: what is said first must not wait for a connection.
         const session = yield* connect
         ownProcess = session.processId
         while (true) {
           yield* pending.await
+          // What is marked together is said together; another round would come after the pause.
+          yield* Turn.end
           pending.closeUnsafe()
           const round = [...dirty]
           dirty.clear()
@@ -207,7 +211,12 @@ export const make = Effect.fnUntraced(function*(db: Database.Database, schema: s
           })
         )
       )
-    yield* Bounded.fork([Effect.andThen(wanted.await, forever("the listener's session", listener))])
+    // The driver hands notifications over by way of the fiber's scheduler.
+    yield* Bounded.fork([
+      Effect.andThen(wanted.await, forever("the listener's session", listener)).pipe(
+        Effect.provideService(Scheduler.Scheduler, Turn.scheduler)
+      )
+    ])
   }
 
   const wakeup: Wakeup = {

@@ -1,0 +1,91 @@
+/** When others are told, and when who listens hears of it. The sessions are stubs. */
+import type * as PgConnection from "@effect/sql-pg/PgConnection"
+import { assert, describe, it } from "@effect/vitest"
+import { Effect, Queue } from "effect"
+import type { SqlError } from "effect/sql/SqlError"
+import type * as Database from "../src/Database.ts"
+import * as Wakeup from "../src/Wakeup.ts"
+
+/** A database whose sessions write down what is announced, and whose notifications are made up. */
+const database = Effect.gen(function*() {
+  const announced: Array<ReadonlyArray<string>> = []
+  const sessions: Array<number> = []
+  let notifications: Queue.Queue<PgConnection.Notification, SqlError> | undefined
+  const connect = Effect.sync((): PgConnection.PgConnection => {
+    sessions.push(sessions.length)
+    const session = {
+      processId: sessions.length,
+      query: (_text: string, params?: ReadonlyArray<any>) =>
+        Effect.sync(() => {
+          if (params !== undefined) announced.push(params[1])
+          return { rows: [] }
+        }),
+      listen: () =>
+        Effect.tap(Queue.unbounded<PgConnection.Notification, SqlError>(), (queue) =>
+          Effect.sync(() => {
+            notifications = queue
+          }))
+    }
+    // Sound: what a wake-up uses of a session.
+    return Object.assign(session, { pin: Effect.succeed(session) }) as any
+  })
+  // Sound: a wake-up only connects.
+  const wakeup = yield* Wakeup.make({ connect: () => connect } as unknown as Database.Database, "pgqueue")
+  yield* Effect.sleep(20)
+  const notify = (payload: string) => Queue.offerUnsafe(notifications!, { processId: 99, channel: "c", payload })
+  return { wakeup, announced, sessions, notify }
+})
+
+/** Runs something in a turn of the event loop, and returns what has come of it when the next one begins. */
+const inOneTurn = <A>(act: () => void, look: () => A) =>
+  Effect.promise(() =>
+    new Promise<A>((resolve) =>
+      setTimeout(() => {
+        // Before anything that the act defers to the next turn.
+        setImmediate(() => resolve(look()))
+        act()
+      })
+    )
+  )
+
+describe("a mark", () => {
+  it.live("finds the session open, and is announced at once", () =>
+    Effect.gen(function*() {
+      const { announced, sessions, wakeup } = yield* database
+      assert.deepStrictEqual(sessions, [0])
+      assert.deepStrictEqual(yield* inOneTurn(() => wakeup.mark("mail", 0), () => [...announced]), [["0 mail"]])
+    }))
+
+  it.live("goes with those of the same moment, and those of the next milliseconds go together", () =>
+    Effect.gen(function*() {
+      const { announced, wakeup } = yield* database
+      const act = () => {
+        wakeup.mark("mail", 50)
+        wakeup.mark("default", 0)
+        wakeup.mark("mail", 20)
+      }
+      assert.deepStrictEqual(yield* inOneTurn(act, () => [...announced]), [["20 mail", "0 default"]])
+      wakeup.mark("mail", 0)
+      yield* Effect.yieldNow
+      wakeup.mark("default", 0)
+      yield* Effect.sleep(50)
+      assert.deepStrictEqual(announced, [["20 mail", "0 default"], ["0 mail", "0 default"]])
+    }))
+})
+
+describe("a notification", () => {
+  it.live("is heard before the next turn of the event loop", () =>
+    Effect.gen(function*() {
+      const { notify, wakeup } = yield* database
+      const heard: Array<unknown> = []
+      yield* wakeup.subscribe({ ...Wakeup.deaf, onDue: (queue, delay) => heard.push([queue, delay]) })
+      yield* wakeup.listen
+      yield* Effect.sleep(20)
+      const act = () => {
+        heard.length = 0
+        notify("0 mail")
+        notify("20 default")
+      }
+      assert.deepStrictEqual(yield* inOneTurn(act, () => [...heard]), [["mail", 0], ["default", 20]])
+    }))
+})
