@@ -351,13 +351,13 @@ const completed = (
   const encoded = handling.encodeSuccess(value)
   // Most have no result.
   if (isDone(encoded) && encoded.value === null) {
-    return Effect.succeed(completion(running, undefined, ended))
+    return Effect.succeed(completion(running, handling, undefined, ended))
   }
   return Effect.flatMap(
     encoded,
     (encoded) => jsonText(encoded, maxPayloadBytes, () => (message) => ({ message }), "the result")
   ).pipe(
-    Effect.map((result) => completion(running, result === "null" ? undefined : result, ended)),
+    Effect.map((result) => completion(running, handling, result === "null" ? undefined : result, ended)),
     // Whatever the codec does, a run ends with a settlement.
     Effect.catchCause((cause) => Effect.fail(Outcome.sanitize(`the result cannot be stored: ${messageOf(cause)}`)))
   )
@@ -365,6 +365,7 @@ const completed = (
 
 const completion = (
   running: Running,
+  handling: Handling,
   result: string | undefined,
   { endedAt, ran }: { readonly ran: number; readonly endedAt: number }
 ): Settlement.Entry => ({
@@ -376,7 +377,8 @@ const completion = (
   delay: undefined,
   failure: undefined,
   ran,
-  endedAt
+  endedAt,
+  forget: !handling.definition.keepCompleted
 })
 
 const messageOf = (cause: Cause.Cause<{ readonly message: string }>): string =>
@@ -398,7 +400,8 @@ export const entryOf = (running: Running, verb: Settlement.Verb): Settlement.Ent
   delay: undefined,
   failure: undefined,
   ran: 0,
-  endedAt: undefined
+  endedAt: undefined,
+  forget: undefined
 })
 
 /** An error that does not fit its schema, or is too large, is kept as text only. */
