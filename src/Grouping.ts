@@ -104,7 +104,7 @@ export const make = Effect.fnUntraced(function*(options: {
   /** Collects and sends one sort of jobs. */
   const collect = (send: Send, patience: number | undefined) => {
     // Arrays: a set that is filled and emptied all the time keeps what was in it alive until the next full collection,
-    // which was a sixth of the CPU of 100 callers.
+    // which was a fifth of the time of 100 callers.
     let pending: Array<Waiting> = []
     let inFlight: ReadonlyArray<Waiting> = []
     /** Who probes an id or a key that a stranger has, and who waits for the outcome, by that id or key. */
