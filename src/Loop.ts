@@ -323,7 +323,8 @@ export const start = Effect.fnUntraced(function*(options: {
     }
     startable += limit - wanted.length
     Line.add(line, wanted)
-    fill(line)
+    // When there may be more, `pull` asks for that first, so that the server works while these are run.
+    if (rows.length < limit) fill(line)
     // What is left in the buffer is watched from now on.
     if (line.buffer.length > 0) timekeeper.poke()
     return { taken: rows.length, sweep, sentAt: startedAt }
@@ -333,19 +334,21 @@ export const start = Effect.fnUntraced(function*(options: {
    * One claim. It runs to its end in a fiber of its own: the rows of a claim that nobody waited for would be lost, and a
    * shutdown must not wait for one on a dead link.
    */
-  const claim = Effect.fnUntraced(function*(line: Line.Line, limit: number) {
+  const claim = (line: Line.Line, limit: number) => {
     const result = Deferred.makeUnsafe<Claimed, SqlError | Bounded.TimedOut>()
     claiming++
-    yield* Effect.forkDetach(
-      Effect.onExit(claimHere(line, limit), (exit) => {
-        claiming--
-        if (claiming === 0) cancelling.clear()
-        return Deferred.done(result, exit)
-      }),
-      { startImmediately: true, uninterruptible: true }
+    return Effect.as(
+      Effect.forkDetach(
+        Effect.onExit(claimHere(line, limit), (exit) => {
+          claiming--
+          if (claiming === 0) cancelling.clear()
+          return Deferred.done(result, exit)
+        }),
+        { startImmediately: true, uninterruptible: true }
+      ),
+      result
     )
-    return yield* Deferred.await(result)
-  })
+  }
 
   /** Claims for one queue whenever there is room and something may be due. */
   const pull = (line: Line.Line) =>
@@ -355,9 +358,11 @@ export const start = Effect.fnUntraced(function*(options: {
       latch.closeUnsafe()
       while (!stopping && liveness.alive() && !settler.full() && !settlerOfTransactions.full() && startable > 0) {
         const room = Math.min(Line.wanted(line, now()), startable)
-        if (room === 0) return
+        if (room === 0) break
         timekeeper.busy(line.queue)
-        const { sentAt, sweep, taken } = yield* claim(line, room)
+        const claimed = yield* claim(line, room)
+        fill(line)
+        const { sentAt, sweep, taken } = yield* Deferred.await(claimed)
         yield* claims.succeeded
         if (taken === room) continue
         // Short from the cursor: something may stand behind it, so look from the front as soon as that is affordable.
@@ -365,8 +370,10 @@ export const start = Effect.fnUntraced(function*(options: {
         else timekeeper.due(line.queue, 20)
         return
       }
+      fill(line)
     }).pipe(
       Effect.catchCause((cause) => {
+        fill(line)
         timekeeper.due(line.queue, 200)
         const error = cause.reasons.find(Cause.isFailReason)?.error
         if (options.limit !== undefined && isSqlError(error) && !Database.isTransient(error)) {
