@@ -98,15 +98,18 @@ export const finishedColumnsOf = (
     Insertion.arrayText(Insertion.column(once, (entry) => entry.lease)),
     Insertion.arrayText(once.map((entry) => entry.id)),
     Insertion.column(once, (entry) => entry.result ?? ""),
-    Insertion.arrayText(once.map((entry) => Math.max(0, entry.ran))),
+    Insertion.arrayText(once.map((entry) => micros(entry.ran))),
     Insertion.arrayText(
-      once.map(({ endedAt }) => endedAt === undefined || now === undefined ? 0 : Math.max(0, now - endedAt))
+      once.map(({ endedAt }) => endedAt === undefined || now === undefined ? 0 : micros(now - endedAt))
     ),
     worker,
     channel,
     Insertion.column(once, ({ forget }) => forget === true ? "forget" : "")
   ]
 }
+
+/** Milliseconds as whole microseconds: written with all its digits, a time took more room than the id of its job. */
+const micros = (millis: number): number => Math.max(0, Math.round(millis * 1000))
 
 /** Each job in each lease once, whatever the buffer held: the last entry counts. */
 const onceEach = (entries: ReadonlyArray<Entry>): ReadonlyArray<Entry> =>
@@ -245,13 +248,13 @@ export const statements = (s: string) => {
   // back, keys looked at only where there are any, and no guard against an id that has ended, which costs as much as the
   // insert itself. Fails with 23505 when there is one; then `settle` is to be sent.
   const finish = `with input as materialized (
-      select coalesce(i.lease, ($1::uuid[])[1]) as lease, i.id, coalesce(i.result, ($3::text[])[1]) as result, i.ran_ms, i.age_ms,
+      select coalesce(i.lease, ($1::uuid[])[1]) as lease, i.id, coalesce(i.result, ($3::text[])[1]) as result, i.ran, i.age,
         coalesce(i.forget, ($8::text[])[1]) <> '' as forget
-      from unnest($1::uuid[], $2::uuid[], $3::text[], $4::float8[], $5::float8[], $8::text[]) as i(lease, id, result, ran_ms, age_ms, forget)
+      from unnest($1::uuid[], $2::uuid[], $3::text[], $4::float8[], $5::float8[], $8::text[]) as i(lease, id, result, ran, age, forget)
     ), held as materialized (
       select l.id, l.ids from ${s}.lease l where l.id = any ($1::uuid[]) order by l.id for update
     ), ${checked}, locked as materialized (
-      select m.lease, m.result as end_result, m.ran_ms, m.age_ms, m.forget, j.*,
+      select m.lease, m.result as end_result, m.ran, m.age, m.forget, j.*,
         case when j.unique_key is null then null else coalesce(
           (select true from ${s}.unique_key u where u.key = j.unique_key and u.job = j.id for update skip locked), false) end as key_held
       from (select * from checked where mine) m
@@ -259,8 +262,8 @@ export const statements = (s: string) => {
         select j.* from ${s}.job j where j.id = m.id for update skip locked
       ) j
     ), decided as materialized (
-      select l.*, c.now - l.age_ms * interval '1 millisecond' as ended_at,
-        c.now - (l.age_ms + l.ran_ms) * interval '1 millisecond' as started_at
+      select l.*, c.now - l.age * interval '1 microsecond' as ended_at,
+        c.now - (l.age + l.ran) * interval '1 microsecond' as started_at
       from (select pg_catalog.clock_timestamp() as now) c, locked l
       where case when key_held is not false then true
         else not exists (select 1 from ${s}.unique_key u where u.key = l.unique_key and u.job = l.id offset 0) end
