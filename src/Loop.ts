@@ -345,7 +345,10 @@ export const start = Effect.fnUntraced(function*(options: {
     startable += limit - wanted.length
     Line.add(line, wanted)
     // When there may be more, `pull` asks for that first, so that the server works while these are run.
-    if (rows.length < limit) fill(line)
+    if (rows.length < limit) {
+      timekeeper.fellShort(line.queue)
+      fill(line)
+    }
     // What is left in the buffer is watched from now on.
     if (line.buffer.length > 0) timekeeper.poke()
     return { taken: rows.length, sweep, sentAt: startedAt }

@@ -24,6 +24,8 @@ const lookBound = 15_000
 export interface Timekeeper {
   /** Something may be due in a queue in `delay` milliseconds; in every queue when none is named. */
   readonly due: (queue: string | undefined, delay: number) => void
+  /** The last claim of a queue found less than it asked for. */
+  readonly fellShort: (queue: string) => void
   /** The last claim of a queue, from the front and sent at `sentAt`, found less than it asked for. */
   readonly ranDry: (queue: string, sentAt: number) => void
   /** Something has changed that a tick depends on. */
@@ -58,6 +60,7 @@ export const make = Effect.fnUntraced(function*(options: {
   const dueAt = new Map<string, number>()
   /** Since when a queue is dry, and when the claim was sent that found it so. */
   const dry = new Map<string, { readonly since: number; readonly sentAt: number }>()
+  const short = new Set<string>()
   const episode = Episode.make("looking for jobs")
   let lookedAt = -Infinity
   /** How much longer a look may be under way than the claim before it was, and miss nothing. */
@@ -122,16 +125,20 @@ export const make = Effect.fnUntraced(function*(options: {
         else options.onDue(name)
       }
     },
+    fellShort: (queue) => void short.add(queue),
     ranDry: (queue, sentAt) => {
       dry.set(queue, { since: now(), sentAt })
       poke.openUnsafe()
     },
     poke: () => void poke.openUnsafe(),
-    busy: (queue) => void dry.delete(queue),
+    busy: (queue) => {
+      dry.delete(queue)
+      short.delete(queue)
+    },
     freed: (queue) => {
       // Where nothing was due a moment ago there is no haste: the settlement of the job that has ended goes first, on a
       // machine where a claim would compete with it.
-      if (dry.has(queue)) dueIn(queue, settleDown)
+      if (short.has(queue)) dueIn(queue, settleDown)
       else options.onDue(queue)
     },
     allDry: () => dry.size === names.length && lookedAt > Math.max(...[...dry.values()].map(({ since }) => since)),
