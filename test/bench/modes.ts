@@ -80,7 +80,7 @@ export const cases: ReadonlyArray<Case> = [
     name: "concurrent",
     modes: ["enqueue"],
     rows: [perSecond("enqueue, 100 at once")],
-    run: single(10_000, 100)
+    run: single(30_000, 100)
   },
   { ...all, name: "bulk", modes: [], rows: [perSecond("enqueue, 1 000 per call")], run: bulk(100_000) },
   {
