@@ -253,18 +253,19 @@ export const statements = (s: string) => {
       from unnest($1::uuid[], $2::uuid[], $3::text[], $4::float8[], $5::float8[], $8::text[]) as i(lease, id, result, ran, age, forget)
     ), held as materialized (
       select l.id, l.ids from ${s}.lease l where l.id = any ($1::uuid[]) order by l.id for update
-    ), ${checked}, locked as materialized (
-      select m.lease, m.result as end_result, m.ran, m.age, m.forget, j.*,
-        case when j.unique_key is null then null else coalesce(
-          (select true from ${s}.unique_key u where u.key = j.unique_key and u.job = j.id for update skip locked), false) end as key_held
-      from (select * from checked where mine) m
-      cross join lateral (
-        select j.* from ${s}.job j where j.id = m.id for update skip locked
-      ) j
-    ), decided as materialized (
+    ), ${checked}, decided as materialized (
       select l.*, c.now - l.age * interval '1 microsecond' as ended_at,
         c.now - (l.age + l.ran) * interval '1 microsecond' as started_at
-      from (select pg_catalog.clock_timestamp() as now) c, locked l
+      from (select pg_catalog.clock_timestamp() as now) c, (
+        select m.lease, m.result as end_result, m.ran, m.age, m.forget, j.*,
+          case when j.unique_key is null then null else coalesce(
+            (select true from ${s}.unique_key u where u.key = j.unique_key and u.job = j.id for update skip locked), false) end as key_held
+        from (select * from checked where mine) m
+        cross join lateral (
+          select j.* from ${s}.job j where j.id = m.id for update skip locked
+        ) j
+        offset 0
+      ) l
       where case when key_held is not false then true
         else not exists (select 1 from ${s}.unique_key u where u.key = l.unique_key and u.job = l.id offset 0) end
     ), ${missing}, ended as (

@@ -75,6 +75,29 @@ export interface ClaimedRow {
   readonly history: string | null
 }
 
+/** The columns of a claim in their order. */
+const claimedRow = (row: ReadonlyArray<unknown>): ClaimedRow => ({
+  // Sound: the types of the columns in the text of the claim.
+  id: row[0] as string,
+  lane: row[1] as number,
+  run_at: row[2] as string,
+  kind: row[3] as string | null,
+  priority: row[4] as number,
+  attempt: row[5] as number,
+  max_attempts: row[6] as number,
+  rescued: row[7] as number,
+  timeout_ms: row[8] as number | null,
+  trace: row[9] as string | null,
+  metadata: row[10] as string,
+  enqueued_at: row[11] as number,
+  scheduled_for: row[12] as number,
+  claimed_at: row[13] as number,
+  payload: row[14] as string,
+  progress: row[15] as string | null,
+  cancelled: row[16] as boolean,
+  history: row[17] as string | null
+})
+
 /** One ended attempt. */
 export interface AttemptRow {
   readonly n: number
@@ -171,7 +194,11 @@ export const make = (db: Database.Database, schema: string) => {
       select $2::uuid, $1::uuid, array_agg(id) from picked having count(*) > 0
     ), jobs as materialized (
       select p.lane, p.run_at as due, p.id as picked, j.* from picked p
-      left join lateral (select * from ${s}.job j where j.id = p.id offset 0) j on true
+      left join lateral (
+        select j.id, j.kind, j.priority, j.attempt, j.max_attempts, j.rescued, j.timeout_ms, j.trace, j.metadata, j.enqueued_at,
+          j.scheduled_for, j.payload, j.progress, j.cancelled_at, j.retried_at, j.unique_key
+        from ${s}.job j where j.id = p.id offset 0
+      ) j on true
     ), freed as (
       delete from ${s}.unique_key where key = any (array(
         select u.key from jobs j cross join lateral (
@@ -319,17 +346,20 @@ export const make = (db: Database.Database, schema: string) => {
       readonly prefixes: ReadonlyArray<string>
       readonly limit: number
     }): Effect.Effect<ReadonlyArray<ClaimedRow>, SqlError> =>
-      often(claimText, [
-        options.worker,
-        options.lease,
-        options.queue,
-        options.lanes.map((lane) => lane.lane),
-        options.lanes.map((lane) => lane.runAt),
-        options.lanes.map((lane) => lane.id),
-        options.kinds,
-        options.prefixes,
-        options.limit
-      ]),
+      Effect.map(
+        db.oftenInOrder(claimText, [
+          options.worker,
+          options.lease,
+          options.queue,
+          Insertion.arrayText(options.lanes.map((lane) => lane.lane)),
+          Insertion.arrayText(options.lanes.map((lane) => lane.runAt)),
+          Insertion.arrayText(options.lanes.map((lane) => lane.id)),
+          options.kinds,
+          options.prefixes,
+          options.limit
+        ]),
+        (rows) => rows.map(claimedRow)
+      ),
 
     /**
      * Settles jobs under the fence: only those that are still in their lease. At most about 1 000 a statement. The end of

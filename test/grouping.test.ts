@@ -40,7 +40,7 @@ const entrance = Effect.gen(function*() {
     })
   const enqueue = yield* Grouping.make({
     // Sound: jobs without a key are inserted, no more.
-    store: { insert } as unknown as Store.Store,
+    store: { insert, insertNew: insert } as unknown as Store.Store,
     onEnqueued: (jobs) => told.push(jobs.map(({ payload }) => payload).join(" "))
   })
   const answer = Effect.suspend(() => Deferred.succeed(open.shift()!, undefined))
