@@ -25,7 +25,7 @@ const rounds = process.env["LONG"] === undefined ? 1 : 50
 
 /** By what the requests of a worker are known on a link. */
 const claim = "array_agg(id) from picked"
-const settle = "as i(lease, id, verb"
+const settle = "as i(lease, id, "
 const beat = "beat_at = clock_timestamp() where id = $1"
 const ledger = "insert into public.ledger"
 
