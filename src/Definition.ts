@@ -55,10 +55,11 @@ export interface Options<P, A extends Schema.Top, E extends Schema.Top, Q extend
   /** Former names of this kind; their jobs are handled as this one's. */
   readonly aliases?: ReadonlyArray<string> | undefined
   /**
-   * Whether a job that has completed is kept until the cleanup. Default `true`. Off, its end leaves nothing behind but a
-   * count, which is a third less work for the server; those that `execute` waits for, and all that are cancelled or
-   * discarded, are kept. What is not kept cannot be found by `Admin` or `poll`, and an enqueue under the same `id` is a new
-   * job.
+   * Whether a job that has completed is kept until the cleanup. Default `true`.
+   *
+   * Off, it leaves nothing behind, which is a third less work for the server. Those that `execute` waits for are kept, and
+   * so are all that are cancelled or discarded. What is not kept is not found by `Admin` or `poll`, and does not answer for
+   * its id: sent again after its end, because an answer was lost, or as the backfill of a tick, it is a new job.
    */
   readonly keepCompleted?: boolean | undefined
 }
