@@ -56,7 +56,7 @@ describe("a mark", () => {
       assert.deepStrictEqual(yield* inOneTurn(() => wakeup.mark("mail", 0), () => [...announced]), [["0 mail"]])
     }))
 
-  it.live("goes with those of the same moment, and those of the next milliseconds go together", () =>
+  it.live("goes with those of the same moment", () =>
     Effect.gen(function*() {
       const { announced, wakeup } = yield* database
       const act = () => {
@@ -65,11 +65,25 @@ describe("a mark", () => {
         wakeup.mark("mail", 20)
       }
       assert.deepStrictEqual(yield* inOneTurn(act, () => [...announced]), [["20 mail", "0 default"]])
-      wakeup.mark("mail", 0)
-      yield* Effect.yieldNow
-      wakeup.mark("default", 0)
-      yield* Effect.sleep(50)
-      assert.deepStrictEqual(announced, [["20 mail", "0 default"], ["0 mail", "0 default"]])
+    }))
+
+  it.live("is alone a few times, and goes with others where they come fast", () =>
+    Effect.gen(function*() {
+      const { announced, wakeup } = yield* database
+      const names = Array.from({ length: 300 }, (_, n) => `0 queue ${n}`)
+      const begun = performance.now()
+      for (let n = 0; n < names.length; n++) {
+        wakeup.mark(`queue ${n}`, 0)
+        yield* Effect.yieldNow
+      }
+      assert.deepStrictEqual(announced.slice(0, 10), names.slice(0, 10).map((name) => [name]))
+      yield* Effect.promise(async () => {
+        while (announced.flat().length < names.length) await new Promise((resolve) => setTimeout(resolve, 5))
+      })
+      // Twenty at once, and one in four milliseconds.
+      assert.isAtMost(announced.length, 20 + Math.ceil((performance.now() - begun) / 4))
+      assert.isBelow(announced.length, names.length / 2)
+      assert.deepStrictEqual(announced.flat(), names)
     }))
 })
 
