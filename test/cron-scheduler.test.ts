@@ -497,9 +497,10 @@ describe("a row that is invalid", () => {
       }
       assert.isBelow(Math.max(...(yield* lateness("good"))), 3000)
       assert.strictEqual(yield* countOf("good too"), 0)
+      // More than one when a minute has begun meanwhile.
       yield* untilValue(
-        "select count(*)::int from pgqueue.job where kind = 'tick' and metadata->>'schedule' is null",
-        1
+        "select count(*) > 0 from pgqueue.job where kind = 'tick' and metadata->>'schedule' is null",
+        true
       )
 
       // Still wrong, then right.

@@ -492,10 +492,10 @@ const bounded = Effect.fnUntraced(function*(at: Filled, fresh: boolean) {
   const reading = Effect.fnUntraced(function*(text: string, params: ReadonlyArray<unknown>) {
     return reads(yield* analyzed(text, params))
   })
-  // The first one reads the catalog.
-  yield* reading(at.store.texts.park, parkParams)
-  // A page or two for each of the 2 000 rows at the front.
-  assert.isBelow(yield* reading(at.store.texts.park, parkParams), 5000, "buffers of a look for what to park")
+  // Whatever changes the catalog meanwhile has it read again, so the least of three. A page or two for each of the 2 000
+  // rows at the front.
+  const parks = [1, 2, 3].map(() => reading(at.store.texts.park, parkParams))
+  assert.isBelow(Math.min(...(yield* Effect.all(parks))), 5000, "buffers of a look for what to park")
   yield* reading(at.store.texts.unpark, [at.me, parkedLanes, 2000])
   assert.isBelow(
     yield* reading(at.store.texts.unpark, [at.me, parkedLanes, 2000]),
