@@ -1,0 +1,69 @@
+/** A bulk of several statements is in altogether or not at all, whatever the client, and sent again it is in once. */
+import { PgClient } from "@effect/sql-pg"
+import { assert, describe, it } from "@effect/vitest"
+import { Effect, Exit, Layer, Redacted, Schema } from "effect"
+import { Job, JobQueue } from "../src/index.ts"
+import { makeLink } from "./support/link.ts"
+import { allInPlace, databaseUrl, rows, value, withPolling, withQueue } from "./support/queue.ts"
+
+class Note extends Job.make("note", { payload: { n: Schema.Int } }) {}
+class Keyed extends Job.make("keyed", { payload: { n: Schema.Int }, unique: ({ n }) => String(n) }) {}
+
+const payloads = Array.from({ length: 2500 }, (_, n) => ({ n }))
+const inserted = value("select count(*)::int from pgqueue.job")
+
+/** Has the database refuse one of the jobs of the last statement. */
+const refuseOne = Effect.andThen(
+  rows(
+    `create function public.refuse() returns trigger language plpgsql as
+     $$ begin raise exception 'refused' using errcode = '22023'; end $$`
+  ),
+  rows(
+    `create trigger refuse before insert on pgqueue.job for each row when (new.payload ->> 'n' = '2400') execute function public.refuse()`
+  )
+)
+
+const allOrNone = (job: typeof Note | typeof Keyed) =>
+  Effect.gen(function*() {
+    yield* refuseOne
+    assert.isTrue(Exit.isFailure(yield* Effect.exit(job.enqueueAll(payloads))))
+    assert.strictEqual(yield* inserted, 0)
+    yield* rows("drop trigger refuse on pgqueue.job")
+    const done = yield* job.enqueueAll(payloads)
+    assert.isTrue(done.every(({ status }) => status === "inserted"))
+    assert.strictEqual(yield* inserted, payloads.length)
+    yield* allInPlace
+  })
+
+for (const job of [Note, Keyed]) {
+  describe(`a bulk of ${job === Note ? "" : "keyed "}jobs of which one is refused`, () => {
+    it.live("leaves none", () => withQueue(allOrNone(job)))
+    it.live("leaves none with a client that only polls", () => withPolling(allOrNone(job)))
+  })
+}
+
+describe("a bulk whose answer was lost", () => {
+  for (const count of [700, 2500]) {
+    it.live(`is in once when it has ${count} jobs`, () =>
+      withQueue(Effect.gen(function*() {
+        const link = yield* makeLink(yield* databaseUrl)
+        const queue = yield* Layer.build(Layer.fresh(
+          Layer.provideMerge(JobQueue.layer(), PgClient.layer({ url: Redacted.make(link.url) }))
+        ))
+        // The one statement has committed, or the transaction of several has.
+        const last = count > 1000 ? "COMMIT" : "refuse_ended"
+        let struck = false
+        // BEGIN names the level READ COMMITTED.
+        link.strike({ text: last, nth: count > 1000 ? 2 : 1, at: "answered" }, () => {
+          struck = true
+          link.cut(last)
+        })
+        const done = yield* Effect.provideContext(Note.enqueueAll(payloads.slice(0, count)), queue)
+        assert.isTrue(struck)
+        assert.strictEqual(new Set(done.map(({ id }) => id)).size, count)
+        assert.isTrue(done.every(({ status }) => status === "inserted"))
+        assert.strictEqual(yield* inserted, count)
+        yield* allInPlace
+      })))
+  }
+})
