@@ -6,7 +6,7 @@
 import type * as Clock from "effect/Clock"
 import * as Deferred from "effect/Deferred"
 import * as Effect from "effect/Effect"
-import type * as Exit from "effect/Exit"
+import * as Exit from "effect/Exit"
 import * as Fiber from "effect/Fiber"
 import * as Scope from "effect/Scope"
 
@@ -46,6 +46,10 @@ export const bounded = <A, E, R>(self: Effect.Effect<A, E, R>, millis: number): 
       Effect.ensuring(Effect.sync(() => timer.interruptUnsafe()))
     )
   })
+
+/** Whether there is nothing to wait for: most codecs answer at once, and what they return is an exit. */
+export const isDone = <A, E, R>(effect: Effect.Effect<A, E, R>): effect is Exit.Success<A, E> =>
+  Exit.isExit(effect) && Exit.isSuccess(effect)
 
 /** The monotonic clock of this process, in milliseconds: what every wait goes by. */
 export const monotonic = (clock: Clock.Clock): number => Number(clock.monotonicTimeNanosUnsafe()) / 1_000_000

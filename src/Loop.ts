@@ -13,7 +13,9 @@ import * as Schedule from "effect/Schedule"
 import { isSqlError, type SqlError } from "effect/sql/SqlError"
 import * as Bounded from "./Bounded.ts"
 import * as Database from "./Database.ts"
+import * as Ending from "./Ending.ts"
 import * as Episode from "./Episode.ts"
+import type * as Handling from "./Handling.ts"
 import type * as Job from "./Job.ts"
 import * as Leases from "./Leases.ts"
 import * as Line from "./Line.ts"
@@ -198,7 +200,7 @@ export const start = Effect.fnUntraced(function*(options: {
 
   const handBack = (running: Run.Running): void => {
     if (isSuspect(running)) suspects--
-    running.entry = Run.entryOf(running, "released")
+    running.entry = Ending.entryOf(running, "released")
     settler.push(running.entry)
   }
 
@@ -266,11 +268,11 @@ export const start = Effect.fnUntraced(function*(options: {
     if (endings > 0) timekeeper.freed(line.queue)
   }
 
-  const ended = (line: Line.Line, running: Run.Running, handling: Run.Handling, at: number): void => {
+  const ended = (line: Line.Line, running: Run.Running, handling: Handling.Handling, at: number): void => {
     Line.ended(line, at)
     if (isSuspect(running)) suspects--
     const entry = running.entry ??= {
-      ...Run.entryOf(running, "failed"),
+      ...Ending.entryOf(running, "failed"),
       delay: 60_000,
       failure: { tag: "Defect", message: "the run left no outcome", error: undefined }
     }

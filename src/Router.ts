@@ -5,8 +5,8 @@
  */
 import type * as Context from "effect/Context"
 import type * as Definition from "./Definition.ts"
+import * as Handling from "./Handling.ts"
 import type * as Job from "./Job.ts"
-import * as Run from "./Run.ts"
 
 /**
  * The handlers of one worker.
@@ -25,7 +25,7 @@ export interface Router {
 
 /** A handler, and the kind to tell it: under the family's own prefix, where the job came in under an alias of it. */
 export interface Route {
-  readonly handling: Run.Handling
+  readonly handling: Handling.Handling
   readonly kind: string
 }
 
@@ -34,14 +34,14 @@ export interface Route {
  */
 export const make = (jobs: ReadonlyArray<Job.Any>, context: Context.Context<never>): Router => {
   const exact = new Map<string, Route>()
-  const families: Array<{ readonly prefix: string; readonly handling: Run.Handling }> = []
+  const families: Array<{ readonly prefix: string; readonly handling: Handling.Handling }> = []
   const transactional: Array<Router["transactional"][number]> = []
   let ambiguous: string | undefined
   for (const job of jobs) {
     const { definition } = job["~effect-pgqueue/Job"]
     // Sound: the layer's type requires this very key for every listed job.
     const registered = context.mapUnsafe.get(definition.key.key) as Definition.Registered
-    const handling = Run.handling(definition, registered)
+    const handling = Handling.make(definition, registered)
     if (registered.transactional) transactional.push({ name: definition.name, context: registered.context })
     for (const name of [definition.name, ...definition.aliases]) {
       if (definition.family ? families.some(({ prefix }) => prefix === name) : exact.has(name)) ambiguous = name

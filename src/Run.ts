@@ -1,25 +1,23 @@
 /**
- * The run of one job, from its payload to its settlement: decode, span, middleware, timeout, handler, exit, outcome.
+ * The run of one job, from its payload to its exit: decode, span, middleware, timeout, handler. What its exit comes to is
+ * in `Ending`.
  *
  * @since 0.1.0
  */
-import * as Cause from "effect/Cause"
 import * as Clock from "effect/Clock"
 import * as Context from "effect/Context"
 import * as DateTime from "effect/DateTime"
 import * as Effect from "effect/Effect"
-import * as Exit from "effect/Exit"
 import type * as Fiber from "effect/Fiber"
 import * as Option from "effect/Option"
-import * as Schema from "effect/Schema"
+import type * as Schema from "effect/Schema"
 import * as Bounded from "./Bounded.ts"
 import * as Current from "./Current.ts"
-import type * as Definition from "./Definition.ts"
-import { jsonText } from "./Enqueue.ts"
+import * as Ending from "./Ending.ts"
+import type * as Handling from "./Handling.ts"
 import type * as Job from "./Job.ts"
-import { maxPayloadBytes } from "./Migrations.ts"
-import * as Outcome from "./Outcome.ts"
-import * as RetryPolicy from "./RetryPolicy.ts"
+import type * as Outcome from "./Outcome.ts"
+import type * as RetryPolicy from "./RetryPolicy.ts"
 import type * as Settlement from "./Settlement.ts"
 import type * as Store from "./Store.ts"
 import * as Surroundings from "./Surroundings.ts"
@@ -42,55 +40,8 @@ export interface Running {
   settled: { readonly entry: Settlement.Entry; readonly answer: Settlement.Answer | undefined } | undefined
 }
 
-/** A handler ready to run: its codecs are made once. */
-export interface Handling {
-  readonly definition: Definition.Definition
-  readonly registered: Definition.Registered
-  readonly decode: Codec
-  readonly encodeSuccess: Codec
-  readonly encodeError: Codec
-  readonly decodeError: Codec
-}
-
-type Codec = (value: unknown) => Effect.Effect<unknown, Schema.SchemaError | Bounded.TimedOut>
-
-/** Prepares a definition and its registered handler. */
-export const handling = (definition: Definition.Definition, registered: Definition.Registered): Handling => ({
-  definition,
-  registered,
-  // Sound: the services of these codecs are requirements of the handler's layer, whose context every run is given.
-  decode: Schema.decodeUnknownEffect(Schema.toCodecJson(definition.payloadSchema)) as Codec,
-  encodeSuccess: answering(Schema.encodeUnknownEffect(Schema.toCodecJson(definition.successSchema)) as Codec),
-  encodeError: answering(Schema.encodeUnknownEffect(Schema.toCodecJson(definition.errorSchema)) as Codec),
-  decodeError: answering(Schema.decodeUnknownEffect(Schema.toCodecJson(definition.errorSchema)) as Codec)
-})
-
-/** Bounds a codec that runs where nothing can interrupt it. Most answer at once, and cost nothing here. */
-const answering = (codec: Codec): Codec => (value) => {
-  const answer = codec(value)
-  return Exit.isExit(answer) ? answer : Bounded.bounded(answer, undecided)
-}
-
-/** Whether there is nothing to wait for: codecs answer most values at once, with an exit. */
-const isDone = <A, E>(effect: Effect.Effect<A, E>): effect is Exit.Success<A, E> =>
-  Exit.isExit(effect) && Exit.isSuccess(effect)
-
-/** The most that is kept of an encoded typed error, in bytes. */
-const maxErrorBytes = 65_536
-
 /** A timed-out handler that has not stopped after this long is reported. */
 const stubborn = "5 seconds"
-
-/** A retry policy or a codec that has not answered after this long, in milliseconds, counts as one that throws. */
-const undecided = 5000
-
-/** The payload does not fit: carried in the failure channel of a run, apart from every typed error. */
-class Undecodable {
-  readonly message: string
-  constructor(message: string) {
-    this.message = message
-  }
-}
 
 /** What a handler can know of its run, and do to it. Most do not ask. */
 class Subject implements Surroundings.Subject, Current.Control {
@@ -148,12 +99,12 @@ export const make = (options: {
 }) => {
   const clock = Context.get(options.context, Clock.Clock)
   // What middleware needs, the worker's layer required; what the handler and its codecs need, the handler's did.
-  const surroundings = new Map<Handling, Surroundings.Surroundings>()
-  const around = (handling: Handling): Surroundings.Surroundings => {
-    const found = surroundings.get(handling)
+  const known = new Map<Handling.Handling, Surroundings.Surroundings>()
+  const surroundingsOf = (handling: Handling.Handling): Surroundings.Surroundings => {
+    const found = known.get(handling)
     if (found !== undefined) return found
     const made = Surroundings.make(Context.merge(options.context, handling.registered.context))
-    surroundings.set(handling, made)
+    known.set(handling, made)
     return made
   }
 
@@ -161,7 +112,7 @@ export const make = (options: {
   const wrapped = (
     payload: unknown,
     running: Running,
-    handling: Handling,
+    handling: Handling.Handling,
     kind: string,
     startedAt: number,
     subject: Subject
@@ -170,7 +121,7 @@ export const make = (options: {
     if (handling.registered.transactional) {
       run = options.transactional(running, run, (value) => {
         const endedAt = Bounded.monotonic(clock)
-        return completed(value, running, handling, { ran: endedAt - startedAt, endedAt })
+        return Ending.completed(value, running, handling, { ran: endedAt - startedAt, endedAt })
       })
     }
     const millis = running.row.timeout_ms
@@ -182,12 +133,12 @@ export const make = (options: {
   /** `startedAt` is now, for whoever has just asked for the time. */
   return (
     running: Running,
-    handling: Handling,
+    handling: Handling.Handling,
     kind: string,
     startedAt: number = Bounded.monotonic(clock)
   ): Effect.Effect<void> => {
     const { row } = running
-    const its = around(handling)
+    const surroundings = surroundingsOf(handling)
 
     // In one piece and without a generator: a handler that does not wait, and codecs that do not, are done in one go.
     const start = (history: ReadonlyArray<RetryPolicy.Attempt<unknown>>) =>
@@ -198,37 +149,43 @@ export const make = (options: {
 
         const handle = (payload: unknown, at: number) => {
           const run = wrapped(payload, running, handling, kind, startedAt, subject)
-          const own = surrounding = its.begin(subject, at)
+          const own = surrounding = surroundings.begin(subject, at)
           fiber.setContext(Context.makeUnsafe(own))
           return Effect.onExit(run, (exit) => own.close(exit) ?? Effect.void)
         }
         /** Everything of the user's. */
         const body = Effect.suspend(() => {
-          fiber.setContext(its.context)
+          fiber.setContext(surroundings.context)
           const decoded = handling.decode(JSON.parse(row.payload))
-          if (isDone(decoded)) return handle(decoded.value, startedAt)
-          fiber.setContext(its.informed(subject))
+          if (Bounded.isDone(decoded)) return handle(decoded.value, startedAt)
+          fiber.setContext(surroundings.informed(subject))
           return Effect.flatMap(
-            Effect.mapError(decoded, (error) => new Undecodable(error.message)),
+            Effect.mapError(decoded, (error) => new Ending.Undecodable(error.message)),
             (payload) => handle(payload, Bounded.monotonic(clock))
           )
         })
 
         return Effect.flatMap(Effect.exit(Effect.interruptible(body)), (exit) => {
           const endedAt = Bounded.monotonic(clock)
-          if (surrounding !== undefined) its.end(surrounding, exit, endedAt)
+          if (surrounding !== undefined) surroundings.end(surrounding, exit, endedAt)
           fiber.setContext(before)
           if (running.settled !== undefined) {
             running.entry = running.settled.entry
             return Effect.void
           }
-          const settling = settlement(conclude(exit, subject.intent, running), running, handling, history, {
-            ran: endedAt - startedAt,
-            endedAt,
-            // The database's clock when it was claimed and our own since then: what the stored attempts are measured with.
-            at: row.claimed_at + endedAt - running.claimedAt
-          })
-          if (isDone(settling)) {
+          const settling = Ending.settlement(
+            Ending.conclude(exit, subject.intent, running),
+            running,
+            handling,
+            history,
+            {
+              ran: endedAt - startedAt,
+              endedAt,
+              // The database's clock when it was claimed and our own since then: what the stored attempts are measured with.
+              at: row.claimed_at + endedAt - running.claimedAt
+            }
+          )
+          if (Bounded.isDone(settling)) {
             running.entry = settling.value
             return Effect.void
           }
@@ -236,14 +193,14 @@ export const make = (options: {
             Effect.map(settling, (entry) => {
               running.entry = entry
             }),
-            its.context
+            surroundings.context
           )
         })
       })
 
     return row.history === null
       ? start(none)
-      : Effect.flatMap(Effect.setContext(historyOf(row.history, handling), its.context), start)
+      : Effect.flatMap(Effect.setContext(historyOf(row.history, handling), surroundings.context), start)
   }
 }
 
@@ -269,151 +226,9 @@ const withTimeout = <A, E, R>(self: Effect.Effect<A, E, R>, running: Running, in
     return yield* Effect.ensuring(self, Effect.sync(() => fiber.interruptUnsafe()))
   })
 
-const conclude = (
-  exit: Exit.Exit<unknown, unknown>,
-  intent: Outcome.Intent | undefined,
-  running: Running
-): Outcome.Outcome<unknown, unknown> => {
-  const outcome = Outcome.fromExit(exit, { intent, interruption: running.interruption })
-  return outcome._tag === "Retry" && outcome.failure._tag === "Failed" && outcome.failure.error instanceof Undecodable
-    ? {
-      _tag: "Retry",
-      failure: { _tag: "Undecodable", message: outcome.failure.error.message },
-      message: Outcome.sanitize(outcome.failure.error.message)
-    }
-    : outcome
-}
-
-/** Encodes an outcome as what the storage is told. */
-const settlement = (
-  outcome: Outcome.Outcome<unknown, unknown>,
-  running: Running,
-  handling: Handling,
-  history: ReadonlyArray<RetryPolicy.Attempt<unknown>>,
-  ended: { readonly ran: number; readonly endedAt: number; readonly at: number }
-): Effect.Effect<Settlement.Entry> => {
-  if (outcome._tag === "Complete") {
-    const entry = completed(outcome.value, running, handling, ended)
-    if (isDone(entry)) return Effect.succeed(entry.value)
-    return Effect.catch(
-      entry,
-      (message) =>
-        settlement({ _tag: "Retry", failure: { _tag: "Defect", message }, message }, running, handling, history, ended)
-    )
-  }
-  const entry = (verb: Settlement.Verb, more: Partial<Settlement.Entry>): Settlement.Entry => ({
-    ...entryOf(running, verb),
-    ran: ended.ran,
-    endedAt: ended.endedAt,
-    ...more
-  })
-  switch (outcome._tag) {
-    case "Retry":
-      return Effect.gen(function*() {
-        const delay = yield* Bounded.bounded(
-          RetryPolicy.next(handling.definition.retry, [
-            ...withoutFreeRescue(history),
-            { at: ended.at, failure: outcome.failure }
-          ]),
-          undecided
-        ).pipe(Effect.orElseSucceed(() => Option.none()))
-        const failure = outcome.failure
-        const error = failure._tag === "Failed" ? yield* encodeError(handling, failure.error) : undefined
-        return entry("failed", {
-          delay: Option.getOrUndefined(delay),
-          failure: { tag: failure._tag, message: outcome.message, error }
-        })
-      })
-    case "Snooze":
-      return Effect.succeed(entry("snoozed", { delay: outcome.delay }))
-    case "Cancel":
-      return Effect.succeed(entry("cancelled", { reason: Outcome.sanitize(outcome.reason) }))
-    case "Discard":
-      return Effect.succeed(entry("discarded", { reason: Outcome.sanitize(outcome.reason) }))
-    case "Release":
-      return Effect.succeed(
-        outcome.lost
-          ? entry("lost", {
-            failure: { tag: "Lost", message: "the worker was not heard of for its lease time", error: undefined }
-          })
-          : entry("released", {})
-      )
-  }
-}
-
-/** The settlement of a run that has succeeded; fails with why its result cannot be stored. */
-const completed = (
-  value: unknown,
-  running: Running,
-  handling: Handling,
-  ended: { readonly ran: number; readonly endedAt: number }
-): Effect.Effect<Settlement.Entry, string> => {
-  const encoded = handling.encodeSuccess(value)
-  // Most have no result.
-  if (isDone(encoded) && encoded.value === null) {
-    return Effect.succeed(completion(running, handling, undefined, ended))
-  }
-  return Effect.flatMap(
-    encoded,
-    (encoded) => jsonText(encoded, maxPayloadBytes, () => (message) => ({ message }), "the result")
-  ).pipe(
-    Effect.map((result) => completion(running, handling, result === "null" ? undefined : result, ended)),
-    // Whatever the codec does, a run ends with a settlement.
-    Effect.catchCause((cause) => Effect.fail(Outcome.sanitize(`the result cannot be stored: ${messageOf(cause)}`)))
-  )
-}
-
-const completion = (
-  running: Running,
-  handling: Handling,
-  result: string | undefined,
-  { endedAt, ran }: { readonly ran: number; readonly endedAt: number }
-): Settlement.Entry => ({
-  lease: running.lease,
-  id: running.row.id,
-  verb: "completed",
-  result,
-  reason: undefined,
-  delay: undefined,
-  failure: undefined,
-  ran,
-  endedAt,
-  forget: !handling.definition.keepCompleted
-})
-
-const messageOf = (cause: Cause.Cause<{ readonly message: string }>): string =>
-  cause.reasons.find(Cause.isFailReason)?.error.message ?? Outcome.describe(cause)
-
-/** The first rescue of a job is free: it spends no attempt, and none of the schedule. */
-const withoutFreeRescue = (history: ReadonlyArray<RetryPolicy.Attempt<unknown>>) => {
-  const first = history.findIndex(({ failure }) => failure._tag === "Lost")
-  return history.filter((_, index) => index !== first)
-}
-
-/** The bare entry of one verb. */
-export const entryOf = (running: Running, verb: Settlement.Verb): Settlement.Entry => ({
-  lease: running.lease,
-  id: running.row.id,
-  verb,
-  result: undefined,
-  reason: undefined,
-  delay: undefined,
-  failure: undefined,
-  ran: 0,
-  endedAt: undefined,
-  forget: undefined
-})
-
-/** An error that does not fit its schema, or is too large, is kept as text only. */
-const encodeError = (handling: Handling, error: unknown): Effect.Effect<string | undefined> =>
-  Effect.flatMap(
-    handling.encodeError(error),
-    (value) => jsonText(value, maxErrorBytes, () => (message) => message, "the error")
-  ).pipe(Effect.catchCause(() => Effect.undefined))
-
 const historyOf = (
   history: string,
-  handling: Handling
+  handling: Handling.Handling
 ): Effect.Effect<ReadonlyArray<RetryPolicy.Attempt<unknown>>> =>
   Effect.suspend(() =>
     // Sound: what the storage wrote.
@@ -425,7 +240,7 @@ const historyOf = (
 
 const failureOf = (
   attempt: Store.AttemptRow,
-  handling: Handling
+  handling: Handling.Handling
 ): Effect.Effect<Job.Failure<unknown>> => {
   const message = attempt.message ?? ""
   switch (attempt.tag) {

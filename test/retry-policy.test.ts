@@ -3,6 +3,7 @@ import { assert, describe, it } from "@effect/vitest"
 import { Cause, Clock, Context, Duration, Effect, Fiber, Option, Random, Schedule, Schema } from "effect"
 import { TestClock } from "effect/testing"
 import * as Bounded from "../src/Bounded.ts"
+import * as Handling from "../src/Handling.ts"
 import { Job } from "../src/index.ts"
 import * as RetryPolicy from "../src/RetryPolicy.ts"
 import * as Run from "../src/Run.ts"
@@ -372,7 +373,7 @@ describe("the attempts that a policy is given", () => {
         })
       )
     })["~effect-pgqueue/Job"]
-    const handling = Run.handling(definition, {
+    const handling = Handling.make(definition, {
       // Sound: the error is the definition's.
       run: (): any => Effect.andThen(Effect.sleep(options.runs), new Bounced({ code: 1, after: 0 })),
       context: Context.empty(),

@@ -17,6 +17,7 @@ import {
 } from "effect"
 import { TestClock } from "effect/testing"
 import * as Bounded from "../src/Bounded.ts"
+import * as Handling from "../src/Handling.ts"
 import { Job } from "../src/index.ts"
 import * as Run from "../src/Run.ts"
 import type * as Store from "../src/Store.ts"
@@ -71,7 +72,7 @@ const start = Effect.fnUntraced(function*(handler: Handler | (() => Handler), op
   readonly middleware?: ReadonlyArray<Job.Middleware>
 } = {}) {
   const { definition } = (options.job ?? Job.make("k"))["~effect-pgqueue/Job"]
-  const handling = Run.handling(definition, {
+  const handling = Handling.make(definition, {
     // Sound: what it needs, every run provides.
     run: (): any => typeof handler === "function" ? handler() : handler,
     context: options.own ?? Context.empty(),
