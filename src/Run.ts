@@ -145,11 +145,11 @@ export const make = (options: {
       Effect.withFiber((fiber) => {
         const subject = new Subject(fiber, running, history, options.progress)
         const before = fiber.context
-        let surrounding: Surroundings.Surrounding | undefined
+        let services: Surroundings.Services | undefined
 
         const handle = (payload: unknown, at: number) => {
           const run = wrapped(payload, running, handling, kind, startedAt, subject)
-          const own = surrounding = surroundings.begin(subject, at)
+          const own = services = surroundings.begin(subject, at)
           fiber.setContext(Context.makeUnsafe(own))
           return Effect.onExit(run, (exit) => own.close(exit) ?? Effect.void)
         }
@@ -167,7 +167,7 @@ export const make = (options: {
 
         return Effect.flatMap(Effect.exit(Effect.interruptible(body)), (exit) => {
           const endedAt = Bounded.monotonic(clock)
-          if (surrounding !== undefined) surroundings.end(surrounding, exit, endedAt)
+          if (services !== undefined) surroundings.end(services, exit, endedAt)
           fiber.setContext(before)
           if (running.settled !== undefined) {
             running.entry = running.settled.entry

@@ -33,13 +33,13 @@ export interface Surroundings {
   /** That, with the job: what decodes its payload sees it. */
   readonly informed: (subject: Subject) => Context.Context<never>
   /** Begins the span, as a child of the trace the job was enqueued in. `at` is now. */
-  readonly begin: (subject: Subject, at: number) => Surrounding
+  readonly begin: (subject: Subject, at: number) => Services
   /** Ends the span. The scope has been closed. `at` is now. */
-  readonly end: (surrounding: Surrounding, exit: Exit.Exit<unknown, unknown>, at: number) => void
+  readonly end: (services: Services, exit: Exit.Exit<unknown, unknown>, at: number) => void
 }
 
-/** Says of which job a span is. */
-const tell = (span: Tracer.Span, info: Info): void => {
+/** Says on a span of which job it is. */
+const annotate = (span: Tracer.Span, info: Info): void => {
   span.attribute("messaging.system", "effect-pgqueue")
   span.attribute("messaging.destination.name", info.queue)
   span.attribute("messaging.message.id", info.id)
@@ -47,8 +47,8 @@ const tell = (span: Tracer.Span, info: Info): void => {
   span.attribute("job.attempt", info.attempt)
 }
 
-/** What the logger says of which job. */
-const told = (logged: Readonly<Record<string, unknown>>, info: Info): Readonly<Record<string, unknown>> => ({
+/** The log annotations of a run: which job it is. */
+const annotationsOf = (logged: Readonly<Record<string, unknown>>, info: Info): Readonly<Record<string, unknown>> => ({
   ...logged,
   "job.id": info.id,
   "job.kind": info.kind,
@@ -57,12 +57,11 @@ const told = (logged: Readonly<Record<string, unknown>>, info: Info): Readonly<R
 })
 
 /**
- * What is around one run: the services of its context, over those that all runs of its handler have.
+ * The services of one run, as the map of its context: its own over those that all runs of its handler have.
  *
- * Most of them few handlers ask for, and those are made when they are asked for. As five `Context.add` they cost 0.9 µs and
- * 1.9 KB a run.
+ * What few handlers ask for is made when it is asked for. As five `Context.add` they cost 0.9 µs and 1.9 KB a run.
  */
-export class Surrounding implements ReadonlyMap<string, unknown> {
+export class Services implements ReadonlyMap<string, unknown> {
   readonly size: number
   readonly span: Tracer.Span
   readonly #base: ReadonlyMap<string, unknown>
@@ -105,7 +104,7 @@ export class Surrounding implements ReadonlyMap<string, unknown> {
       case Current.key:
         return this.#subject.info
       case References.CurrentLogAnnotations.key:
-        return this.#annotations ??= told(this.#logged, this.#subject.info)
+        return this.#annotations ??= annotationsOf(this.#logged, this.#subject.info)
       case Scope.Scope.key:
         return this.#scope ??= this.#open()
       default:
@@ -167,10 +166,10 @@ interface Spans {
 }
 
 /**
- * A span that nobody exports. It is made when somebody looks at it: made at once, with its times and what it says of its
- * job, it costs 0.6 µs a run.
+ * A span that nobody exports, made when somebody looks at it: made at once, with its times and what it says of its job, it
+ * costs 0.6 µs a run.
  */
-class Unseen implements Tracer.Span {
+class LazySpan implements Tracer.Span {
   readonly _tag = "Span"
   readonly name: string
   readonly #spans: Spans
@@ -287,11 +286,11 @@ export const make = (context: Context.Context<never>): Surroundings => {
       sampled: sampled && (root || parent.value.sampled)
     })
     for (const key in annotations) span.attribute(key, annotations[key])
-    tell(span, subject.info)
+    annotate(span, subject.info)
     return span
   }
 
-  const unseen: Spans | undefined = tracer !== Tracer.nativeTracer ? undefined : {
+  const lazy: Spans | undefined = tracer !== Tracer.nativeTracer ? undefined : {
     make: (subject, begun) => spanOf(nameOf(subject), subject, begun),
     nanosAt: (at) => timed ? time() - BigInt(Math.round((Bounded.monotonic(clock) - at) * 1_000_000)) : 0n
   }
@@ -302,17 +301,17 @@ export const make = (context: Context.Context<never>): Surroundings => {
     context,
     informed: (subject) =>
       Context.add(
-        Context.add(context, References.CurrentLogAnnotations, told(logged, subject.info)),
+        Context.add(context, References.CurrentLogAnnotations, annotationsOf(logged, subject.info)),
         Current,
         subject.info
       ),
     begin: (subject, at) => {
       const name = nameOf(subject)
-      const span = unseen === undefined ? spanOf(name, subject, time()) : new Unseen(name, unseen, subject, at)
-      return new Surrounding(base, size, logged, { name, stack: noStack, parent: frame }, span, subject)
+      const span = lazy === undefined ? spanOf(name, subject, time()) : new LazySpan(name, lazy, subject, at)
+      return new Services(base, size, logged, { name, stack: noStack, parent: frame }, span, subject)
     },
     end: ({ span }, exit, at) => {
-      if (span instanceof Unseen) span.endAt(at, exit)
+      if (span instanceof LazySpan) span.endAt(at, exit)
       else if (span.status._tag !== "Ended") span.end(time(), exit)
     }
   }
