@@ -36,7 +36,7 @@ export interface Database {
     text: string,
     params: ReadonlyArray<unknown>
   ) => Effect.Effect<ReadonlyArray<ReadonlyArray<unknown>>, SqlError>
-  /** The client behind `often`, for what needs a transaction. */
+  /** The client behind `often`, for what needs a transaction. `own` is the same where there is only one connection. */
   readonly hot: SqlClient.SqlClient
   /** Opens a session that nobody else can hold up; `undefined` when the client is not a `PgClient`. */
   readonly connect:
@@ -92,8 +92,9 @@ const planOnce = { plan_cache_mode: "force_generic_plan", enable_seqscan: "off",
  *
  * A `PgClient` lends its connection settings, and the queue opens two small pools of its own with them, so that neither
  * the size, the multiplexing nor the name transforms of the application's pool matter: one for the statements that every
- * job goes through, which are planned once, and one for all others, which are planned for the values that they come with.
- * Each has half of the connections; a single one plans each time. Any other client is used as it is, each statement in a READ COMMITTED transaction.
+ * job goes through, which are planned once a session, and one for all others, which are planned for the values that they
+ * come with. Each has half of the connections; where there is only one, it plans each time. Any other client is used as it
+ * is, each statement in a READ COMMITTED transaction.
  */
 export const make = Effect.fnUntraced(function*(
   client: SqlClient.SqlClient,
@@ -126,7 +127,7 @@ export const make = Effect.fnUntraced(function*(
     own,
     hot,
     query: (text, params) => own.unsafe(text, params),
-    // In a transaction of the other pool it is a part of that.
+    // Inside a transaction of the other pool it is a part of that.
     often: (text, params) =>
       Effect.withFiber((fiber) => (inTransaction(own, fiber.context) ? own : hot).unsafe(text, params)),
     oftenInOrder: (text, params) =>
@@ -233,6 +234,21 @@ export const listOf = (json: string | null): ReadonlyArray<string> => json === n
 
 /** Reads ids joined by commas; empty when there are none. */
 export const idsOf = (ids: string | null): ReadonlyArray<string> => ids === null || ids === "" ? [] : ids.split(",")
+
+/**
+ * Writes values of which none needs quotes as the text of an array: a driver looks at each element of an array by itself.
+ */
+export const arrayText = (values: ReadonlyArray<string | number>): string => `{${values.join(",")}}`
+
+/**
+ * A column of a parameter with many rows: the value of each, or one for all of them when all have the same. The statement
+ * takes the first value for a row that has none.
+ */
+export const column = <A, B>(rows: ReadonlyArray<A>, value: (row: A) => B): ReadonlyArray<B> => {
+  if (rows.length === 0) return []
+  const first = value(rows[0]!)
+  return rows.every((row) => value(row) === first) ? [first] : rows.map(value)
+}
 
 /**
  * Returns the SQLSTATE of an error, when the server gave one.

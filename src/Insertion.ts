@@ -7,6 +7,8 @@
  * @since 0.1.0
  */
 
+import { arrayText, column } from "./Database.ts"
+
 /** A job as it is inserted: everything resolved, everything checked. */
 export interface NewJob {
   readonly id: string
@@ -57,8 +59,8 @@ export const columnsOf = (jobs: ReadonlyArray<NewJob>, patience?: number): Array
 ]
 
 /**
- * The parameters of `insertNew`: ids as the text of an array, and a column that says the same of every job once. A driver
- * looks at each element of an array by itself: for 1 000 jobs 13 full columns took it 4.6 ms, these take 0.9 ms.
+ * The parameters of `insertNew`, as short as they can be: for 1 000 jobs the driver took 4.6 ms over 13 full columns, and
+ * takes 0.9 ms over these.
  */
 export const newColumnsOf = (jobs: ReadonlyArray<NewJob>): Array<unknown> => [
   arrayText(jobs.map((job) => job.id)),
@@ -74,16 +76,6 @@ export const newColumnsOf = (jobs: ReadonlyArray<NewJob>): Array<unknown> => [
   column(jobs, (job) => job.trace ?? ""),
   column(jobs, (job) => job.awaited === true ? "awaited" : "")
 ]
-
-/** Values of which none needs quotes, as the text of an array. */
-export const arrayText = (values: ReadonlyArray<string | number>): string => `{${values.join(",")}}`
-
-/** A value of each of some rows; of the first one only, when all are the same. */
-export const column = <A, B>(rows: ReadonlyArray<A>, value: (row: A) => B): ReadonlyArray<B> => {
-  if (rows.length === 0) return []
-  const first = value(rows[0]!)
-  return rows.every((row) => value(row) === first) ? [first] : rows.map(value)
-}
 
 /** The parameters of `insertUnique`. */
 export const keyedColumnsOf = (jobs: ReadonlyArray<NewJob>, patience?: number): Array<unknown> => [

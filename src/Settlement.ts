@@ -15,7 +15,7 @@
  * @since 0.1.0
  */
 
-import * as Insertion from "./Insertion.ts"
+import { arrayText, column } from "./Database.ts"
 
 /** How a worker wants a job to go on. The server has the last word: see `settle`. */
 export type Verb = "completed" | "failed" | "snoozed" | "cancelled" | "discarded" | "released" | "lost"
@@ -85,7 +85,7 @@ export const columnsOf = (
 }
 
 /**
- * The parameters of `finish`. See `columnsOf`, and `Insertion.newColumnsOf` for their form.
+ * The parameters of `finish`, as short as they can be. See `columnsOf`.
  */
 export const finishedColumnsOf = (
   worker: string,
@@ -95,21 +95,21 @@ export const finishedColumnsOf = (
 ): Array<unknown> => {
   const once = onceEach(entries)
   return [
-    Insertion.arrayText(Insertion.column(once, (entry) => entry.lease)),
-    Insertion.arrayText(once.map((entry) => entry.id)),
-    Insertion.column(once, (entry) => entry.result ?? ""),
-    Insertion.arrayText(once.map((entry) => micros(entry.ran))),
-    Insertion.arrayText(
-      once.map(({ endedAt }) => endedAt === undefined || now === undefined ? 0 : micros(now - endedAt))
+    arrayText(column(once, (entry) => entry.lease)),
+    arrayText(once.map((entry) => entry.id)),
+    column(once, (entry) => entry.result ?? ""),
+    arrayText(once.map((entry) => microsOf(entry.ran))),
+    arrayText(
+      once.map(({ endedAt }) => endedAt === undefined || now === undefined ? 0 : microsOf(now - endedAt))
     ),
     worker,
     channel,
-    Insertion.column(once, ({ forget }) => forget === true ? "forget" : "")
+    column(once, ({ forget }) => forget === true ? "forget" : "")
   ]
 }
 
-/** Milliseconds as whole microseconds: written with all its digits, a time took more room than the id of its job. */
-const micros = (millis: number): number => Math.max(0, Math.round(millis * 1000))
+/** Whole microseconds: written with all its digits, a time took more room than the id of its job. */
+const microsOf = (millis: number): number => Math.max(0, Math.round(millis * 1000))
 
 /** Each job in each lease once, whatever the buffer held: the last entry counts. */
 const onceEach = (entries: ReadonlyArray<Entry>): ReadonlyArray<Entry> =>
@@ -178,8 +178,9 @@ export const statements = (s: string) => {
       from decided where status is null and failure is not null
     ), `
 
-  // The rest is the same for all three once `decided` says for each job: status (null: back in line), next_attempt,
-  // next_rescued, next_snoozed, next_run_at, when the run ended, which an outage may have kept from being told, and the failure to record, if any.
+  // The rest is the same for settle, rescue and release once `decided` says for each job: status (null: back in line),
+  // next_attempt, next_rescued, next_snoozed, next_run_at, when the run ended, which an outage may have kept from being
+  // told, and the failure to record, if any. `kept` narrows down whose end is recorded, `more` is what else there is to do.
   const writes = (worker: string, lease: string, kept: string, more = putBack(worker)) =>
     `ended as (
       insert into ${s}.finished (id, kind, queue, priority, status, reason, result, error, attempt, max_attempts, timeout_ms,
@@ -241,12 +242,13 @@ export const statements = (s: string) => {
     union all select lease::text, id::text, 'gone', null, false from checked where not mine`
   const kept = " and (forget = '' or awaited or status <> 'completed')"
   const settle = settleBy(writes("$11::uuid", "lease", kept))
-  // Where everything has completed nothing goes back in line: half as much for the planner, which sees it anew each time.
+  // For a transactional handler, whose job has completed: nothing goes back in line, which is half as much for the planner.
+  // It sees this anew each time, in a session that is not ours; what `finish` fails with would end the transaction.
   const complete = settleBy(writes("$11::uuid", "lease", kept, ""))
 
-  // The same where everything has completed, which needs a third less of the server: nothing to decide and nothing to put
-  // back, keys looked at only where there are any, and no guard against an id that has ended, which costs as much as the
-  // insert itself. Fails with 23505 when there is one; then `settle` is to be sent.
+  // What `settle` does, where everything has completed: a third less work for the server. Nothing to decide and nothing to
+  // put back, keys looked at only where there are any, and no guard against an id that has ended, which costs as much as
+  // the insert itself. Fails with 23505 when there is one; then `settle` is to be sent.
   const finish = `with input as materialized (
       select coalesce(i.lease, ($1::uuid[])[1]) as lease, i.id, coalesce(i.result, ($3::text[])[1]) as result, i.ran, i.age,
         coalesce(i.forget, ($8::text[])[1]) <> '' as forget

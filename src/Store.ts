@@ -75,7 +75,7 @@ export interface ClaimedRow {
   readonly history: string | null
 }
 
-/** The columns of a claim in their order. */
+/** Reads the columns of a claim, in the order of its text. */
 const claimedRow = (row: ReadonlyArray<unknown>): ClaimedRow => ({
   // Sound: the types of the columns in the text of the claim.
   id: row[0] as string,
@@ -138,8 +138,8 @@ export interface TakenBack {
 const historySize = 1_048_576
 
 /**
- * Microseconds since the epoch, as a float8: exact for 80 years to come. `extract` would count in numeric, which was a fifth
- * of what a claim costs.
+ * Microseconds since the epoch, as a float8: exact for 80 years to come. `extract` would count in numeric, as everything
+ * else does with `Inspection.micros`, and that was a fifth of what a claim costs.
  */
 const microseconds = (column: string) => `round(date_part('epoch', ${column}) * 1000000)`
 
@@ -165,6 +165,8 @@ export const make = (db: Database.Database, schema: string) => {
   const schedules = Schedules.make(db, s, people)
   const firing = Firing.make(db, s, people)
   const cleanup = Cleanup.make(db, s)
+
+  const runAt = `(${microseconds("due")})::int8::text`
 
   // One probe per lane, each with its own limit, in lane order and only as far as needed: future jobs and lower
   // priorities cost nothing. Gated on the worker's own row in front of everything (`me`), so that a process declared
@@ -206,9 +208,7 @@ export const make = (db: Database.Database, schema: string) => {
           where u.key = j.unique_key and u.job = j.id and u.until = 'started' and u.expires_at is null for update skip locked
         ) u where j.unique_key is not null))
     )
-    select picked::text as id, lane, (${
-    microseconds("due")
-  })::int8::text as run_at, kind, priority, attempt, max_attempts,
+    select picked::text as id, lane, ${runAt} as run_at, kind, priority, attempt, max_attempts,
       rescued, timeout_ms::float8 as timeout_ms, trace, metadata::text as metadata,
       ${microseconds("enqueued_at")} / 1000 as enqueued_at, ${microseconds("scheduled_for")} / 1000 as scheduled_for,
       ${microseconds("clock_timestamp()")} / 1000 as claimed_at, payload::text as payload,
@@ -250,15 +250,16 @@ export const make = (db: Database.Database, schema: string) => {
     schedules: { ...schedules.verbs, ...firing.verbs },
 
     /**
-     * Inserts jobs without a unique key whose ids were made for them, all or none. Fails with an error that `isReplay` tells
-     * when one of them is there or has been: then they are to be inserted with `insert`.
+     * Inserts jobs without a unique key whose ids were made for them, all or none. May fail with an error that `isReplay`
+     * tells when one of them is there or has been: then they are to be inserted with `insert`.
      */
     insertNew: (jobs: ReadonlyArray<Insertion.NewJob>): Effect.Effect<void, SqlError> =>
-      // Its last look is planned for the queue's own sessions.
       Effect.suspend(() =>
         Effect.asVoid(
+          // Its last look is safe only with the settings of the queue's own sessions. `insert`, which brings its own, takes
+          // a replay as it is.
           db.connect === undefined
-            ? run(false, insertion.insert, Insertion.columnsOf(jobs))
+            ? often(insertion.insert, Insertion.columnsOf(jobs))
             : often(insertion.insertNew, Insertion.newColumnsOf(jobs))
         )
       ),
@@ -351,9 +352,9 @@ export const make = (db: Database.Database, schema: string) => {
           options.worker,
           options.lease,
           options.queue,
-          Insertion.arrayText(options.lanes.map((lane) => lane.lane)),
-          Insertion.arrayText(options.lanes.map((lane) => lane.runAt)),
-          Insertion.arrayText(options.lanes.map((lane) => lane.id)),
+          Database.arrayText(options.lanes.map((lane) => lane.lane)),
+          Database.arrayText(options.lanes.map((lane) => lane.runAt)),
+          Database.arrayText(options.lanes.map((lane) => lane.id)),
           options.kinds,
           options.prefixes,
           options.limit

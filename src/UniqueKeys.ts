@@ -15,7 +15,7 @@ export interface Manner {
   readonly inUserTransaction: boolean
   /** Milliseconds to wait for a transaction that has taken the same id or key and not ended; no limit when undefined. */
   readonly patience: number | undefined
-  /** Ids that were made here have not been sent before. */
+  /** Ids that were made here have not been sent before. Outside the application's transaction only. */
   readonly fresh?: boolean
 }
 
@@ -101,7 +101,7 @@ export const inKeyOrder = (jobs: ReadonlyArray<Store.NewJob>): ReadonlyArray<Sto
     .map(({ job }) => job)
 
 const enqueuedAs = (job: Store.NewJob, inserted: boolean): Enqueued => ({
-  // Sound: ids are made or checked in `Enqueue.resolve`.
+  // Sound: ids are made or checked in `Enqueue.resolver`.
   id: job.id as JobId,
   // An id of our own that is there already was inserted by an earlier send whose answer was lost.
   status: inserted || job.idGiven !== true ? "inserted" : "existing"
