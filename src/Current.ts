@@ -11,6 +11,7 @@ import * as Fiber from "effect/Fiber"
 import type * as Option from "effect/Option"
 import type * as Schema from "effect/Schema"
 import * as Enqueue from "./Enqueue.ts"
+import * as JsonText from "./JsonText.ts"
 import { maxProgressBytes } from "./Migrations.ts"
 import type { Intent } from "./Outcome.ts"
 import { type Failure, longestDelay } from "./RetryPolicy.ts"
@@ -132,7 +133,7 @@ export const progress = (value: Schema.Json): Effect.Effect<void, never, Current
     Current,
     (info) =>
       Effect.matchEffect(
-        Enqueue.jsonText(value, maxProgressBytes, () => (message) => message, "Job.progress: the value"),
+        JsonText.orFail(value, maxProgressBytes, "Job.progress: the value"),
         {
           onFailure: (message) => Effect.die(new Error(message)),
           onSuccess: (text) => Controlled.control(info)?.progress(text) ?? Effect.void

@@ -7,9 +7,10 @@ import * as Cause from "effect/Cause"
 import * as Effect from "effect/Effect"
 import type * as Exit from "effect/Exit"
 import * as Option from "effect/Option"
+import * as Predicate from "effect/Predicate"
 import * as Bounded from "./Bounded.ts"
-import { jsonText } from "./Enqueue.ts"
 import * as Handling from "./Handling.ts"
+import * as JsonText from "./JsonText.ts"
 import { maxPayloadBytes } from "./Migrations.ts"
 import * as Outcome from "./Outcome.ts"
 import * as RetryPolicy from "./RetryPolicy.ts"
@@ -120,7 +121,7 @@ export const completed = (
   }
   return Effect.flatMap(
     encoded,
-    (encoded) => jsonText(encoded, maxPayloadBytes, () => (message) => ({ message }), "the result")
+    (encoded) => JsonText.orFail(encoded, maxPayloadBytes, "the result")
   ).pipe(
     Effect.map((result) => completion(running, handling, result === "null" ? undefined : result, ended)),
     // Whatever the codec does, a run ends with a settlement.
@@ -128,6 +129,7 @@ export const completed = (
   )
 }
 
+/** Written out, because all that succeed come here. */
 const completion = (
   running: Run.Running,
   handling: Handling.Handling,
@@ -146,8 +148,10 @@ const completion = (
   forget: !handling.definition.keepCompleted
 })
 
-const messageOf = (cause: Cause.Cause<{ readonly message: string }>): string =>
-  cause.reasons.find(Cause.isFailReason)?.error.message ?? Outcome.describe(cause)
+const messageOf = (cause: Cause.Cause<string | { readonly message: string }>): string => {
+  const error = cause.reasons.find(Cause.isFailReason)?.error
+  return Predicate.isString(error) ? error : error?.message ?? Outcome.describe(cause)
+}
 
 /** The first rescue of a job is free: it spends no attempt, and none of the schedule. */
 const withoutFreeRescue = (history: ReadonlyArray<RetryPolicy.Attempt<unknown>>) => {
@@ -173,5 +177,5 @@ export const entryOf = (running: Run.Running, verb: Settlement.Verb): Settlement
 const encodeError = (handling: Handling.Handling, error: unknown): Effect.Effect<string | undefined> =>
   Effect.flatMap(
     handling.encodeError(error),
-    (value) => jsonText(value, maxErrorBytes, () => (message) => message, "the error")
+    (value) => JsonText.orFail(value, maxErrorBytes, "the error")
   ).pipe(Effect.catchCause(() => Effect.undefined))

@@ -16,6 +16,7 @@ import * as Predicate from "effect/Predicate"
 import * as Schema from "effect/Schema"
 import type * as SchemaIssue from "effect/SchemaIssue"
 import * as Tracer from "effect/Tracer"
+import * as JsonText from "./JsonText.ts"
 import { maxPayloadBytes } from "./Migrations.ts"
 import { longestDelay } from "./RetryPolicy.ts"
 import type * as Store from "./Store.ts"
@@ -26,7 +27,8 @@ import * as Uuid from "./Uuid.ts"
  *
  * **Details**
  *
- * - `InvalidPayload`: the payload does not fit its schema, or is not JSON that PostgreSQL can hold (NUL, lone surrogates, nesting deeper than 256).
+ * - `InvalidPayload`: the payload does not fit its schema, or is not JSON that PostgreSQL can hold (NUL, lone surrogates,
+ *   nesting deeper than 256).
  * - `InvalidOption`: an option is out of range; the message names it.
  * - `TooLarge`: the encoded payload is over 1 MiB, or the metadata over 64 KiB.
  * - `ForeignTransaction`: the fiber is in a transaction of another `SqlClient`, so the job would not be part of it.
@@ -141,7 +143,6 @@ export const isJobId = (id: string): id is JobId => uuidPattern.test(id)
 
 /** 9999-12-31, well inside what both JavaScript and PostgreSQL can hold. */
 const latest = 253_402_214_400_000
-const maxDepth = 256
 
 const priorities = { high: 2, normal: 5, low: 8 } as const
 
@@ -174,10 +175,10 @@ export interface Resolver<P extends Schema.Top> {
 }
 
 /**
- * How long a bulk is encoded before others have their turn, in characters of JSON: some 4 ms. Each job counts for more than
- * its text.
+ * How much of a bulk is encoded before others have their turn, in characters of JSON: what takes some 4 ms. Each job counts
+ * for more than its text.
  */
-const turn = 262_144
+const charactersPerTurn = 262_144
 const charactersPerJob = 200
 
 /**
@@ -236,7 +237,7 @@ export const resolver = <P extends Schema.Top>(options: {
     if (own.metadata !== undefined && !isMetadata(own.metadata)) {
       return misfit("metadata must be an object whose values are text")
     }
-    const metadata = own.metadata === undefined ? "{}" : textOf(own.metadata, 65_536, "metadata")
+    const metadata = own.metadata === undefined ? "{}" : JsonText.of(own.metadata, 65_536, "metadata")
     if (!Predicate.isString(metadata)) return refuse(metadata.reason)(metadata.message)
     return {
       id: own.id?.toLowerCase(),
@@ -266,11 +267,12 @@ export const resolver = <P extends Schema.Top>(options: {
     termsFor: (payload: P["Type"]) => Terms | EnqueueError,
     { clock, trace }: Origin
   ): Store.NewJob | EnqueueError => {
-    const json = textOf(encoded, maxPayloadBytes, "the payload")
+    const json = JsonText.of(encoded, maxPayloadBytes, "the payload")
     if (!Predicate.isString(json)) return refuse(json.reason)(json.message)
     const terms = termsFor(payload)
     if (terms instanceof EnqueueError) return terms
     const rule = terms.unique ??
+      // Sound: the rule of this very definition.
       (defaults.unique as ((payload: P["Type"]) => string | Unique | undefined) | undefined)?.(payload)
     const unique = rule === undefined ? undefined : resolveUnique(rule)
     if (Predicate.isString(unique)) return invalid(unique)
@@ -329,7 +331,7 @@ export const resolver = <P extends Schema.Top>(options: {
         const go = (): Effect.Effect<ReadonlyArray<Store.NewJob>, EnqueueError, P["EncodingServices"]> => {
           let characters = 0
           while (jobs.length < all.length) {
-            if (characters > turn) return Effect.flatMap(Effect.yieldNow, go)
+            if (characters > charactersPerTurn) return Effect.flatMap(Effect.yieldNow, go)
             const built = build(all[jobs.length], termsFor, origin)
             if (!isExit(built)) {
               return Effect.flatMap(built, (job) => {
@@ -365,80 +367,6 @@ export const problemOfName = (what: string, name: string, limit: number): string
     /[\u0000-\u001f\u007f]/.test(name)
     ? `${what} must be 1 to ${limit} characters without control characters`
     : undefined
-
-/**
- * Stringifies a JSON value once and returns the text, or fails when JSON or PostgreSQL could not hold it as it is.
- */
-export const jsonText = <E>(
-  value: unknown,
-  limit: number,
-  refuse: (reason: Refusal["reason"]) => (message: string) => E,
-  what: string
-): Effect.Effect<string, E> =>
-  Effect.suspend(() => {
-    const text = textOf(value, limit, what)
-    return Predicate.isString(text) ? Effect.succeed(text) : Effect.fail(refuse(text.reason)(text.message))
-  })
-
-/** Why there is no text. */
-interface Refusal {
-  readonly reason: "InvalidPayload" | "TooLarge"
-  readonly message: string
-}
-
-const textOf = (value: unknown, limit: number, what: string): string | Refusal => {
-  const invalid = (problem: string): Refusal => ({ reason: "InvalidPayload", message: `${what} ${problem}` })
-  let text: string
-  try {
-    const problem = problemOfValue(value, 1)
-    if (problem !== undefined) return invalid(problem)
-    text = JSON.stringify(value)
-  } catch (cause) {
-    return invalid(`cannot be written as JSON: ${String(cause)}`)
-  }
-  // Only control characters and lone surrogates are written as \uXXXX, so a text without one needs no closer look.
-  if (text.includes("\\u") && /(?<!\\)(?:\\\\)*\\u(?:0000|d[89a-f])/i.test(text)) {
-    return invalid("holds a NUL character or a lone surrogate")
-  }
-  if (text.length > limit || (text.length * 3 > limit && new TextEncoder().encode(text).length > limit)) {
-    return { reason: "TooLarge", message: `${what} is over ${limit} bytes` }
-  }
-  return text
-}
-
-/** Says what JSON would change without a word: a codec of `Schema.Any` lets everything through. */
-const problemOfValue = (value: unknown, depth: number): string | undefined => {
-  switch (typeof value) {
-    case "string":
-    case "boolean":
-      return undefined
-    case "number":
-      return Number.isFinite(value) ? undefined : `holds ${value}, which JSON cannot`
-    case "object": {
-      if (value === null) return undefined
-      if (depth > maxDepth) return `is nested deeper than ${maxDepth}`
-      if (Array.isArray(value)) {
-        for (const item of value) {
-          const problem = problemOfValue(item, depth + 1)
-          if (problem !== undefined) return problem
-        }
-        return undefined
-      }
-      const prototype = Object.getPrototypeOf(value)
-      if (prototype !== Object.prototype && prototype !== null) return "holds an object that is not a plain one"
-      // By key, because `Object.values` costs 0.2 µs a job.
-      for (const key in value) {
-        // Sound: a key of this very object. A field that is undefined is a field that is left out.
-        const item = value[key as keyof typeof value] as unknown
-        const problem = item === undefined ? undefined : problemOfValue(item, depth + 1)
-        if (problem !== undefined) return problem
-      }
-      return undefined
-    }
-    default:
-      return `holds a ${typeof value}, which JSON cannot`
-  }
-}
 
 /** Milliseconds of an option; `NaN` when it is not a duration. */
 export const millisOf = (input: Duration.Input | undefined): number | undefined => {
