@@ -57,9 +57,10 @@ export interface Options<P, A extends Schema.Top, E extends Schema.Top, Q extend
   /**
    * Whether a job that has completed is kept until the cleanup. Default `true`.
    *
-   * Off, it leaves nothing behind, which is a third less work for the server. Those that `execute` waits for are kept, and
-   * so are all that are cancelled or discarded. What is not kept is not found by `Admin` or `poll`, and does not answer for
-   * its id: sent again after its end, because an answer was lost, or as the backfill of a tick, it is a new job.
+   * Off, it leaves nothing behind, which is a third less work for the server. Jobs that `execute` waits for are kept all
+   * the same, and so are those that are cancelled or discarded. What is not kept is not found by `Admin` or `poll`, and its
+   * id can be used again: sent again after its end, because an answer was lost, or as the backfill of a tick, it is a new
+   * job. The worker's definition says, not that of whoever enqueues.
    */
   readonly keepCompleted?: boolean | undefined
 }

@@ -45,7 +45,8 @@ export interface Options {
   readonly onUnavailable?: "wait" | "fail" | undefined
   /**
    * How many connections the queue opens at most, beside the listener's, the notifier's and the heartbeat's: half of them
-   * for enqueues, claims and settlements, half for everything else. Default 8.
+   * for enqueues, claims and settlements, half for everything else. With 1 the statements of every job are planned each
+   * time. A client that is no `PgClient` uses its own pool instead. Default 8.
    */
   readonly maxConnections?: number | undefined
   /** Allow enqueues inside a transaction of another `SqlClient`; they are not part of it. Default `false`. */
@@ -210,7 +211,7 @@ const make = Effect.fnUntraced(function*(options: Options) {
         )
     })
 
-  /** Inserts jobs in the transaction that is open, in statements of bounded size. */
+  /** Inserts jobs in statements of bounded size: where these are more than one, in a transaction that is open. */
   const insertMany = Effect.fnUntraced(function*(
     jobs: ReadonlyArray<Store.NewJob>,
     inUserTransaction: boolean,

@@ -101,7 +101,7 @@ export const claimed = (
 ): void => {
   for (let i = 0; i < rows.length; i++) {
     const { id, lane, run_at: runAt } = rows[i]!
-    // The last of each lane counts.
+    // Only the last of each lane counts.
     if (rows[i + 1]?.lane !== lane) line.cursors.set(lane, { lane, runAt, id })
   }
   if (options.sweep) {
@@ -121,7 +121,7 @@ export const add = (line: Line, jobs: ReadonlyArray<Run.Running>): void => {
 /** The order of the line, from its end. */
 const backwards = ({ row: a }: Run.Running, { row: b }: Run.Running): number =>
   b.lane - a.lane ||
-  // Microseconds as text, never of before 1970: what is longer is later.
+  // Microseconds since 1970 as text, never negative: what is longer is later.
   b.run_at.length - a.run_at.length ||
   (a.run_at === b.run_at ? (a.id < b.id ? 1 : -1) : a.run_at < b.run_at ? 1 : -1)
 

@@ -24,9 +24,9 @@ const lookBound = 15_000
 export interface Timekeeper {
   /** Something may be due in a queue in `delay` milliseconds; in every queue when none is named. */
   readonly due: (queue: string | undefined, delay: number) => void
-  /** The last claim of a queue found less than it asked for. */
+  /** A claim of a queue found less than it asked for, whether it read from the front or not. */
   readonly fellShort: (queue: string) => void
-  /** The last claim of a queue, from the front and sent at `sentAt`, found less than it asked for. */
+  /** The last claim of a queue, from the front and sent at `sentAt`, found less than it asked for: it is worth a look. */
   readonly ranDry: (queue: string, sentAt: number) => void
   /** Something has changed that a tick depends on. */
   readonly poke: () => void
@@ -60,6 +60,7 @@ export const make = Effect.fnUntraced(function*(options: {
   const dueAt = new Map<string, number>()
   /** Since when a queue is dry, and when the claim was sent that found it so. */
   const dry = new Map<string, { readonly since: number; readonly sentAt: number }>()
+  /** Queues of which the last claim fell short. */
   const short = new Set<string>()
   const episode = Episode.make("looking for jobs")
   let lookedAt = -Infinity
@@ -136,7 +137,7 @@ export const make = Effect.fnUntraced(function*(options: {
       short.delete(queue)
     },
     freed: (queue) => {
-      // Where nothing was due a moment ago there is no haste: the settlement of the job that has ended goes first, on a
+      // Where nothing more was due a moment ago there is no haste: the settlement of the job that has ended goes first, on a
       // machine where a claim would compete with it.
       if (short.has(queue)) dueIn(queue, settleDown)
       else options.onDue(queue)
