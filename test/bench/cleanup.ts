@@ -19,7 +19,10 @@ class Note extends Job.make("note", { payload: { at: Schema.Finite } }) {}
 const old = Number(process.env["FINISHED"] ?? 1_000_000)
 const perSecond = Number(process.env["RATE"] ?? 1000)
 const windowMillis = Number(process.env["WINDOW"] ?? 5000)
-const strategies = (process.env["STRATEGY"] ?? "delete,archive").split(",")
+type Strategy = "archive" | "delete"
+
+// Sound: whoever runs it has to name these.
+const strategies = (process.env["STRATEGY"] ?? "delete,archive").split(",") as ReadonlyArray<Strategy>
 const server = process.env["DATABASE_URL"] === undefined ? await startPostgres() : undefined
 const PgLive = PgClient.layer({ url: Redacted.make(process.env["DATABASE_URL"] ?? server!.url) })
 
@@ -98,7 +101,7 @@ const show = (what: string, all: ReadonlyArray<Window>) => {
   return of("claim99")
 }
 
-const compare = Effect.fnUntraced(function*(strategy: string) {
+const compare = Effect.fnUntraced(function*(strategy: Strategy) {
   const sql = yield* SqlClient.SqlClient
   const { store } = (yield* JobQueue).internal
   yield* store.mergePolicy("cleanup", { strategy, interval: 86_400_000 })
