@@ -21,30 +21,40 @@ const jobOf = (payload: string): Store.NewJob => ({
   unique: undefined
 })
 
-/** The entrance over a stub, the groups that were sent, and how the oldest that has no answer gets one. */
+/**
+ * The entrance over a stub, the groups that were sent, those of them that were sent as if they had been sent before, and how
+ * the oldest that has no answer gets one. A job that is "there" is met by an insert of what is new.
+ */
 const entrance = Effect.gen(function*() {
   const sent: Array<ReadonlyArray<string>> = []
+  const again: Array<ReadonlyArray<string>> = []
   const told: Array<string> = []
   const open: Array<Deferred.Deferred<void>> = []
-  const insert = (jobs: ReadonlyArray<Store.NewJob>) =>
+  const failed = (code: string) => new SqlError({ reason: new UnknownError({ cause: { code }, message: code }) })
+  const answering = (jobs: ReadonlyArray<Store.NewJob>, failures: Readonly<Record<string, string>>) =>
     Effect.suspend(() => {
       sent.push(jobs.map(({ payload }) => payload))
       const answer = Deferred.makeUnsafe<void>()
       open.push(answer)
-      return Effect.andThen(
-        Deferred.await(answer),
-        jobs.some(({ payload }) => payload === "bad")
-          ? Effect.fail(new SqlError({ reason: new UnknownError({ cause: { code: "22P02" }, message: "bad" }) }))
-          : Effect.succeed(new Set(jobs.map(({ id }) => id)))
+      const code = jobs.map(({ payload }) => failures[payload]).find((code) => code !== undefined)
+      return Effect.andThen(Deferred.await(answer), code === undefined ? Effect.void : Effect.fail(failed(code)))
+    })
+  const insertNew = (jobs: ReadonlyArray<Store.NewJob>) => answering(jobs, { bad: "22P02", there: "23505" })
+  const insert = (jobs: ReadonlyArray<Store.NewJob>) =>
+    Effect.suspend(() => {
+      again.push(jobs.map(({ payload }) => payload))
+      return Effect.as(
+        answering(jobs, { bad: "22P02" }),
+        new Set(jobs.filter(({ payload }) => payload !== "there").map(({ id }) => id))
       )
     })
   const enqueue = yield* Grouping.make({
     // Sound: jobs without a key are inserted, no more.
-    store: { insert, insertNew: insert } as unknown as Store.Store,
+    store: { insert, insertNew } as unknown as Store.Store,
     onEnqueued: (jobs) => told.push(jobs.map(({ payload }) => payload).join(" "))
   })
   const answer = Effect.suspend(() => Deferred.succeed(open.shift()!, undefined))
-  return { enqueue, sent, told, answer }
+  return { enqueue, sent, again, told, answer }
 })
 
 const start = <A, E, R>(effect: Effect.Effect<A, E, R>) => Effect.forkChild(effect, { startImmediately: true })
@@ -124,6 +134,33 @@ describe("an enqueue", () => {
       yield* answer
       yield* Fiber.join(last)
       assert.deepStrictEqual(sent, [["1"], ["3"], ["4"]])
+    }))
+
+  it.live("that was sent before, and whose answer was lost, is sent again as such, with those of its statement", () =>
+    Effect.gen(function*() {
+      const { again, answer, enqueue, sent } = yield* entrance
+      const fibers = yield* Effect.forEach(["1", "there", "3"], (payload) => start(enqueue(jobOf(payload))))
+      yield* microtasks
+      assert.deepStrictEqual(again, [])
+      for (let n = 0; n < 2; n++) {
+        yield* answer
+        yield* microtasks
+      }
+      const enqueued = yield* Fiber.joinAll(fibers)
+      // Its own earlier insert is what it met.
+      assert.deepStrictEqual(enqueued.map(({ status }) => status), ["inserted", "inserted", "inserted"])
+      assert.deepStrictEqual(sent, [["1", "there", "3"], ["1", "there", "3"]])
+      assert.deepStrictEqual(again, [["1", "there", "3"]])
+    }))
+
+  it.live("whose id is the caller's is never sent as new, and may be there already", () =>
+    Effect.gen(function*() {
+      const { again, answer, enqueue } = yield* entrance
+      const fiber = yield* start(enqueue({ ...jobOf("there"), idGiven: true }))
+      yield* microtasks
+      assert.deepStrictEqual(again, [["there"]])
+      yield* answer
+      assert.propertyVal(yield* Fiber.join(fiber), "status", "existing")
     }))
 
   it.live("with bad data fails alone", () =>
