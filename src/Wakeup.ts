@@ -65,9 +65,9 @@ export interface Wakeup {
 const scheduleWritten = "schedule"
 
 /**
- * Rounds of NOTIFY: one in so many milliseconds on average, and so many at once where there were fewer before. An enqueue
- * that is alone is told at once (p50 1.8 ms at 200/s; 3.4 ms with a pause after each round), and enqueues that come fast
- * share a round: a NOTIFY for each took four fifths of their rate, and every worker has to hear it.
+ * Rounds of NOTIFY are let through by a token bucket: a round is saved up every so many milliseconds, and so many are kept.
+ * An enqueue that is alone is told at once (p50 1.8 ms at 200/s; 3.4 ms with a pause after each round), and enqueues that
+ * come fast share a round: a NOTIFY for each took four fifths of their rate, and every worker has to hear it.
  */
 const roundEvery = 4
 const mostAtOnce = 20
@@ -143,7 +143,7 @@ export const make = Effect.fnUntraced(function*(db: Database.Database, schema: s
         let at = now()
         while (true) {
           yield* pending.await
-          // What is marked together is said together; another round would come after the pause.
+          // What is marked together is said together, and costs one round.
           yield* Turn.end
           pending.closeUnsafe()
           const round = [...dirty]
