@@ -237,6 +237,7 @@ export const start = Effect.fnUntraced(function*(options: {
           Effect.sync(() => {
             resting.delete(line)
             fill(line)
+            if (line.buffer.length > 0) timekeeper.poke()
           })
         ))
         break
