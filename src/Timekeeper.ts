@@ -142,7 +142,10 @@ export const make = Effect.fnUntraced(function*(options: {
       if (short.has(queue)) dueIn(queue, settleDown)
       else options.onDue(queue)
     },
-    allDry: () => dry.size === names.length && lookedAt > Math.max(...[...dry.values()].map(({ since }) => since)),
+    // A job that has just ended may have brought in others that nobody has told of: its queue is to be claimed from first.
+    allDry: () =>
+      dry.size === names.length && lookedAt > Math.max(...[...dry.values()].map(({ since }) => since)) &&
+      ![...dueAt.values()].some((at) => at <= now() + settleDown),
     run: episode.forever(tick)
   }
   return timekeeper
