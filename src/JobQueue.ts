@@ -8,6 +8,7 @@ import * as Config from "effect/Config"
 import * as Context from "effect/Context"
 import * as Effect from "effect/Effect"
 import * as Layer from "effect/Layer"
+import * as Semaphore from "effect/Semaphore"
 import * as SqlClient from "effect/sql/SqlClient"
 import type { SqlError } from "effect/sql/SqlError"
 import * as Awaiting from "./Awaiting.ts"
@@ -235,16 +236,22 @@ const make = Effect.fnUntraced(function*(options: Options) {
       (enqueued) => client.afterCommit(Effect.sync(() => announce(jobs, enqueued)))
     )
 
+  // Neither sort is to take a whole pool.
+  const bulks = Semaphore.makeUnsafe(2)
+  const waitingBulks = Semaphore.makeUnsafe(2)
+
   /** Inserts all or none, outside the caller's transaction: what one statement does needs none of its own. */
   const insertApart = (jobs: ReadonlyArray<Store.NewJob>): Effect.Effect<ReadonlyArray<Enqueued>, SqlError> => {
-    const isOneStatement = jobs.length <= Grouping.maxRows && jobs.every((job) => job.unique === undefined)
-    return UniqueKeys.freshFirst((fresh) => {
+    // A stranger's transaction may have taken a key or a chosen id: who waits for it is not to keep a session from the claims.
+    const mayWait = jobs.some((job) => job.unique !== undefined || job.idGiven === true)
+    const isOneStatement = jobs.length <= Grouping.maxRows && !mayWait
+    const insert = UniqueKeys.freshFirst((fresh) => {
       if (isOneStatement) return insertMany(jobs, false, fresh)
       return database.connect === undefined
         ? Database.transaction(database.app, insertMany(jobs, true))
-        : Database.transaction(database.hot, insertMany(jobs, false, fresh))
-    }).pipe(
-      Database.answeredWithin(bulkBound + jobs.length * bulkBoundPerJob),
+        : Database.transaction(mayWait ? database.own : database.hot, insertMany(jobs, false, fresh))
+    }).pipe(Database.answeredWithin(bulkBound + jobs.length * bulkBoundPerJob))
+    return (isOneStatement ? insert : Semaphore.withPermit(mayWait ? waitingBulks : bulks, insert)).pipe(
       Grouping.persistently,
       Effect.tap((enqueued) => Effect.sync(() => announce(jobs, enqueued)))
     )

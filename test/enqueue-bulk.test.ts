@@ -1,10 +1,11 @@
 /** A bulk of several statements is in altogether or not at all, whatever the client, and sent again it is in once. */
 import { PgClient } from "@effect/sql-pg"
 import { assert, describe, it } from "@effect/vitest"
-import { Effect, Exit, Layer, Redacted, Schema } from "effect"
+import { Deferred, Effect, Exit, Fiber, Layer, Redacted, Schema } from "effect"
+import { SqlClient } from "effect/sql"
 import { Job, JobQueue } from "../src/index.ts"
 import { makeLink } from "./support/link.ts"
-import { allInPlace, databaseUrl, rows, value, withPolling, withQueue } from "./support/queue.ts"
+import { allInPlace, databaseUrl, now, rows, untilValue, value, withPolling, withQueue } from "./support/queue.ts"
 
 class Note extends Job.make("note", { payload: { n: Schema.Int } }) {}
 class Keyed extends Job.make("keyed", { payload: { n: Schema.Int }, unique: ({ n }) => String(n) }) {}
@@ -67,3 +68,49 @@ describe("a bulk whose answer was lost", () => {
       })))
   }
 })
+
+describe("bulks that wait for a stranger's transaction", () => {
+  for (const [maxConnections, count] of [[2, 1], [8, 4]] as const) {
+    it.live(`leave connections to the others: ${count} with ${maxConnections} connections`, () =>
+      withQueue(
+        Effect.gen(function*() {
+          const sql = yield* SqlClient.SqlClient
+          const [taken, over] = [yield* Deferred.make<void>(), yield* Deferred.make<void>()]
+          const stranger = yield* Effect.forkChild(sql.withTransaction(Effect.gen(function*() {
+            yield* Keyed.enqueueAll(payloads.slice(0, count))
+            yield* Deferred.succeed(taken, undefined)
+            yield* Deferred.await(over)
+          })))
+          yield* Deferred.await(taken)
+          const waiting = yield* Effect.forEach(
+            payloads.slice(0, count),
+            (payload) => Effect.forkChild(Keyed.enqueueAll([payload]), { startImmediately: true })
+          )
+          // As many as are let wait at once.
+          yield* untilValue(
+            "select count(*)::int from pg_stat_activity where datname = current_database() and wait_event_type = 'Lock'",
+            Math.min(2, count)
+          )
+          const begun = yield* now
+          yield* Note.enqueue({ n: 1 })
+          yield* Note.enqueueAll([{ n: 2 }, { n: 3 }])
+          assert.isBelow((yield* now) - begun, 3000)
+          yield* Deferred.succeed(over, undefined)
+          yield* Fiber.join(stranger)
+          const statuses = (yield* Effect.forEach(waiting, Fiber.join)).flat().map(({ status }) => status)
+          assert.deepStrictEqual(statuses, statuses.map(() => "existing"))
+          yield* allInPlace
+        }),
+        { queue: { maxConnections } }
+      ))
+  }
+})
+
+class Large extends Job.make("large", { payload: { text: Schema.String } }) {}
+
+it.live("300 enqueues of 1 MB at once are all in", () =>
+  withQueue(Effect.gen(function*() {
+    const enqueue = Large.enqueue({ text: "x".repeat(1_000_000) })
+    yield* Effect.forEach(Array.from({ length: 300 }), () => enqueue, { concurrency: "unbounded" })
+    assert.strictEqual(yield* inserted, 300)
+  })))

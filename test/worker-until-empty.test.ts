@@ -1,0 +1,31 @@
+/** `Worker.runUntilEmpty` works until nothing is due, whoever has enqueued it: a statement of a handler, too. */
+import { assert, it } from "@effect/vitest"
+import { Effect, Schema } from "effect"
+import { SqlClient } from "effect/sql"
+import { Job, Worker } from "../src/index.ts"
+import { allInPlace, value, withQueue } from "./support/queue.ts"
+
+class Step extends Job.make("step", { payload: { n: Schema.Int } }) {}
+
+it.live(
+  "runUntilEmpty runs what a handler has brought in by SQL before it ended",
+  () =>
+    withQueue(Effect.gen(function*() {
+      const ran: Array<number> = []
+      const handlers = Step.toLayer(({ n }) =>
+        Effect.gen(function*() {
+          ran.push(n)
+          // Longer than a queue that has run dry is looked at once more.
+          yield* Effect.sleep(60)
+          const sql = yield* SqlClient.SqlClient
+          if (n < 3) yield* Effect.orDie(sql`select pgqueue.enqueue('step', ${JSON.stringify({ n: n + 1 })}::json)`)
+        })
+      )
+      yield* Step.enqueue({ n: 0 })
+      const counts = yield* Worker.runUntilEmpty({ jobs: [Step] }).pipe(Effect.provide(handlers))
+      const due = yield* value("select count(*)::int from pgqueue.ready where run_at <= clock_timestamp()")
+      assert.deepStrictEqual({ due, ran, completed: counts.completed }, { due: 0, ran: [0, 1, 2, 3], completed: 4 })
+      yield* allInPlace
+    })),
+  20_000
+)
