@@ -249,7 +249,7 @@ const make = Effect.fnUntraced(function*(options: Options) {
       if (isOneStatement) return insertMany(jobs, false, fresh)
       return database.connect === undefined
         ? Database.transaction(database.app, insertMany(jobs, true))
-        : Database.transaction(mayWait ? database.own : database.hot, insertMany(jobs, false, fresh))
+        : Database.transaction(mayWait ? database.own : database.hot, insertMany(jobs, false, fresh && !mayWait))
     }).pipe(Database.answeredWithin(bulkBound + jobs.length * bulkBoundPerJob))
     return (isOneStatement ? insert : Semaphore.withPermit(mayWait ? waitingBulks : bulks, insert)).pipe(
       Grouping.persistently,
