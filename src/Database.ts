@@ -122,16 +122,16 @@ export const make = Effect.fnUntraced(function*(
     { ...config, startupParameters: { ...config.startupParameters, ...planOnce } },
     maxConnections - (maxConnections >> 1)
   )
+  // Inside a transaction of the other pool a statement is a part of that.
+  const oftenFrom = <A>(send: (client: SqlClient.SqlClient) => Effect.Effect<A, SqlError>) =>
+    Effect.withFiber((fiber) => send(inTransaction(own, fiber.context) ? own : hot))
   return {
     app,
     own,
     hot,
     query: (text, params) => own.unsafe(text, params),
-    // Inside a transaction of the other pool it is a part of that.
-    often: (text, params) =>
-      Effect.withFiber((fiber) => (inTransaction(own, fiber.context) ? own : hot).unsafe(text, params)),
-    oftenInOrder: (text, params) =>
-      Effect.withFiber((fiber) => (inTransaction(own, fiber.context) ? own : hot).unsafe(text, params).values),
+    often: (text, params) => oftenFrom((client) => client.unsafe(text, params)),
+    oftenInOrder: (text, params) => oftenFrom((client) => client.unsafe(text, params).values),
     connect: (settings) =>
       PgConnection.make({ ...config, startupParameters: { ...config.startupParameters, ...settings } })
   }
@@ -248,6 +248,19 @@ export const column = <A, B>(rows: ReadonlyArray<A>, value: (row: A) => B): Read
   if (rows.length === 0) return []
   const first = value(rows[0]!)
   return rows.every((row) => value(row) === first) ? [first] : rows.map(value)
+}
+
+/** The most text of one statement, in characters: values of 1 MiB are not to make one that takes too long, or cannot be sent. */
+const maxText = 4_000_000
+
+/**
+ * Returns how many of the first rows, at most `most` and at least one if there is any, go into one statement.
+ */
+export const fitting = <A>(rows: ReadonlyArray<A>, most: number, textOf: (row: A) => number): number => {
+  let text = 0
+  let count = 0
+  while (count < rows.length && count < most && (count === 0 || text < maxText)) text += textOf(rows[count++]!)
+  return count
 }
 
 /**

@@ -22,20 +22,6 @@ import * as UniqueKeys from "./UniqueKeys.ts"
 /** The most rows of one insert: beyond it nothing is gained, and one statement must not hold its locks for long. */
 export const maxRows = 1000
 
-/** The most text of one group, in characters: payloads of 1 MiB each are not to make a statement that takes too long. */
-const maxText = 4_000_000
-
-/** How many of those who wait make a group. */
-const cut = (waiting: ReadonlyArray<Waiting>): number => {
-  let text = 0
-  let count = 0
-  while (count < waiting.length && count < maxRows && (count === 0 || text < maxText)) {
-    const { job } = waiting[count++]!
-    text += job.payload.length + job.metadata.length
-  }
-  return count
-}
-
 /** How long an enqueue waits out an outage before it fails. */
 const outage = "10 seconds"
 
@@ -185,7 +171,7 @@ export const make = Effect.fnUntraced(function*(options: {
       // Whoever was woken together goes together, and one who is alone at once.
       yield* Turn.end
       while (pending.length > 0) {
-        const count = cut(pending)
+        const count = Database.fitting(pending, maxRows, ({ job }) => job.payload.length + job.metadata.length)
         const group = pending.slice(0, count).filter((one) => !one.over)
         pending = pending.slice(count)
         if (group.length === 0) continue

@@ -271,18 +271,10 @@ const infoOf = (running: Running, history: ReadonlyArray<RetryPolicy.Attempt<unk
     priority: row.priority,
     attempt: row.attempt + 1,
     maxAttempts: row.max_attempts,
-    enqueuedAt: utcOf(row.enqueued_at),
-    scheduledFor: utcOf(row.scheduled_for),
+    enqueuedAt: DateTime.makeUnsafe(row.enqueued_at),
+    scheduledFor: DateTime.makeUnsafe(row.scheduled_for),
     metadata: row.metadata === "{}" ? {} : JSON.parse(row.metadata) as Job.Metadata,
     lastFailure: history.length === 0 ? Option.none() : Option.some(history[history.length - 1]!.failure),
     progress: row.progress === null ? Option.none() : Option.some(JSON.parse(row.progress) as Schema.Json)
   }
-}
-
-let latest = DateTime.makeUnsafe(0)
-
-/** Jobs come in line many in a millisecond, and are first due when they do; to make a `DateTime` takes half a microsecond. */
-const utcOf = (millis: number): DateTime.Utc => {
-  if (latest.epochMilliseconds !== Math.trunc(millis)) latest = DateTime.makeUnsafe(millis)
-  return latest
 }

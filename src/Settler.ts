@@ -24,19 +24,9 @@ const maxEntries = 1000
 /** Beyond this many unsettled jobs nothing is claimed: a database that cannot settle shall not be asked for more. */
 const backPressure = 5000
 
-/** The most text of one settle, in characters: results of 1 MiB each are not to make a message that nobody can send. */
-const maxText = 4_000_000
-
-/** How many entries make a batch. */
-const cut = (entries: ReadonlyArray<Settlement.Entry>, most: number): number => {
-  let text = 0
-  let count = 0
-  while (count < entries.length && count < most && (count === 0 || text < maxText)) {
-    const entry = entries[count++]!
-    text += (entry.result?.length ?? 0) + (entry.failure?.message.length ?? 0) + (entry.failure?.error?.length ?? 0)
-  }
-  return count
-}
+/** How much text of its handler travels with an entry, in characters. */
+const textOf = ({ failure, result }: Settlement.Entry): number =>
+  (result?.length ?? 0) + (failure?.message.length ?? 0) + (failure?.error?.length ?? 0)
 
 /** A settle on a dead link never answers. */
 const settleBound = 15_000
@@ -171,7 +161,7 @@ export const make = (options: {
     full: () => full,
     run: Effect.gen(function*() {
       yield* some.await
-      const batch = waiting.splice(0, cut(waiting, most))
+      const batch = waiting.splice(0, Database.fitting(waiting, most, textOf))
       if (batch.length === 0) {
         some.closeUnsafe()
         if (inFlight === 0) empty.openUnsafe()

@@ -6,6 +6,7 @@ import {
   blocked,
   claim,
   claimed,
+  count,
   entry,
   failure,
   job,
@@ -23,7 +24,6 @@ import {
   worker
 } from "./support/storage.ts"
 
-const count = (table: string) => value<number>(`select count(*)::int4 from pgqueue.${table}`)
 const keysHeldBy = Effect.map(
   query<{ job: string }>("select job::text as job from pgqueue.unique_key order by job"),
   (rows) => rows.map((row) => row.job)

@@ -11,6 +11,7 @@ import {
   bury,
   claim,
   claimed,
+  count,
   entry,
   failure,
   job,
@@ -27,7 +28,6 @@ import {
   worker
 } from "./support/storage.ts"
 
-const count = (table: string) => value<number>(`select count(*)::int4 from pgqueue.${table}`)
 /** Everything that is stored, to see that nothing has changed. */
 const stored = value<string>(
   `select json_build_object(${

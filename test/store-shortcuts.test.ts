@@ -6,6 +6,7 @@ import type * as Store from "../src/Store.ts"
 import {
   blocked,
   claimed,
+  count,
   entry,
   failure,
   job,
@@ -17,11 +18,8 @@ import {
   session,
   stateOf,
   Storage,
-  uuid,
-  value
+  uuid
 } from "./support/storage.ts"
-
-const count = (table: string) => value<number>(`select count(*)::int4 from pgqueue.${table}`)
 
 /** What is stored of jobs but for their ids, in the order of their payloads; times as distances. */
 const stored = (table: "job" | "finished") =>

@@ -53,6 +53,9 @@ export const value = Effect.fnUntraced(function*<A = unknown>(text: string, para
   return Object.values(row ?? {})[0] as A
 })
 
+/** How many rows a table has. */
+export const count = (table: string) => value<number>(`select count(*)::int4 from pgqueue.${table}`)
+
 /**
  * One more session, with the statements of the store on it. Its connection is its own, so `begin` and `commit` may be
  * sent as they are; what is open at the end of the scope is rolled back with the connection.
