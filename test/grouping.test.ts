@@ -4,22 +4,9 @@ import { Deferred, Effect, Exit, Fiber, Scope } from "effect"
 import { SqlError, UnknownError } from "effect/sql/SqlError"
 import * as Grouping from "../src/Grouping.ts"
 import type * as Store from "../src/Store.ts"
-import * as Uuid from "../src/Uuid.ts"
+import { job } from "./support/storage.ts"
 
-const jobOf = (payload: string): Store.NewJob => ({
-  id: Uuid.next(0),
-  kind: "note",
-  queue: "default",
-  priority: 5,
-  delay: 0,
-  runAt: undefined,
-  maxAttempts: 5,
-  timeout: undefined,
-  payload,
-  metadata: "{}",
-  trace: undefined,
-  unique: undefined
-})
+const jobOf = (payload: string) => job({ payload })
 
 /**
  * The entrance over a stub, the groups that were sent, those of them that were sent as if they had been sent before, and how
