@@ -21,6 +21,7 @@ import * as Handling from "../src/Handling.ts"
 import { Job } from "../src/index.ts"
 import * as Run from "../src/Run.ts"
 import type * as Store from "../src/Store.ts"
+import { tracing } from "./support/queue.ts"
 
 class Name extends Context.Service<Name, string>()("effect-pgqueue/test/run.test/Name") {}
 
@@ -46,19 +47,6 @@ const claimed: Store.ClaimedRow = {
   progress: null,
   cancelled: false,
   history: null
-}
-
-/** A tracer that keeps its spans. */
-const tracing = () => {
-  const spans: Array<Tracer.Span> = []
-  const tracer = Tracer.make({
-    span: (options) => {
-      const span = new Tracer.NativeSpan(options)
-      spans.push(span)
-      return span
-    }
-  })
-  return { spans, tracer }
 }
 
 type Handler = Effect.Effect<unknown, unknown, Job.Current | Scope.Scope>

@@ -23,6 +23,7 @@ import {
   assertRows,
   rows,
   running,
+  tracing,
   until,
   untilAllEnded,
   untilValue,
@@ -131,14 +132,7 @@ describe("a handler", () => {
 
   it.live("is part of the enqueuer's trace", () =>
     withQueue(Effect.gen(function*() {
-      const spans: Array<Tracer.Span> = []
-      const tracer = Tracer.make({
-        span: (options) => {
-          const span = new Tracer.NativeSpan(options)
-          spans.push(span)
-          return span
-        }
-      })
+      const { spans, tracer } = tracing()
       yield* running(
         Worker.layer({ jobs: [Ping] }).pipe(Layer.provide(Ping.toLayer(() => Effect.withSpan(Effect.void, "inner"))))
       ).pipe(Effect.provideService(Tracer.Tracer, tracer))

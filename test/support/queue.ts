@@ -1,7 +1,7 @@
 /** A queue under test: a fresh database, the application's client, the ledger, and conditions to wait for. */
 import { PgClient } from "@effect/sql-pg"
 import { assert } from "@effect/vitest"
-import { Clock, Effect, Layer, Redacted, Schedule, type Scope } from "effect"
+import { Clock, Effect, Layer, Redacted, Schedule, type Scope, Tracer } from "effect"
 import { SqlClient, type SqlError } from "effect/sql"
 import * as Database from "../../src/Database.ts"
 import { JobQueue, type JobQueueError } from "../../src/index.ts"
@@ -86,6 +86,19 @@ export const rows = <A extends object = any>(text: string, params?: ReadonlyArra
 /** Reads the first column of the first row. */
 export const value = <A = number>(text: string, params?: ReadonlyArray<unknown>) =>
   Effect.map(rows(text, params), ([row]) => Object.values(row ?? {})[0] as A)
+
+/** A tracer that keeps its spans. */
+export const tracing = () => {
+  const spans: Array<Tracer.Span> = []
+  const tracer = Tracer.make({
+    span: (options) => {
+      const span = new Tracer.NativeSpan(options)
+      spans.push(span)
+      return span
+    }
+  })
+  return { spans, tracer }
+}
 
 /** Milliseconds of the monotonic clock. */
 export const now = Effect.map(Clock.Clock, (clock) => Number(clock.monotonicTimeNanosUnsafe()) / 1_000_000)
