@@ -4,6 +4,7 @@
  * @since 0.1.0
  */
 import type * as Cause from "effect/Cause"
+import * as Clock from "effect/Clock"
 import * as Context from "effect/Context"
 import * as Effect from "effect/Effect"
 import * as Exit from "effect/Exit"
@@ -46,19 +47,28 @@ interface Waiting {
 }
 
 /** Sends some jobs in one statement. */
-type Send = (
-  jobs: ReadonlyArray<Store.NewJob>,
-  patience: number | undefined
-) => Effect.Effect<ReadonlyArray<Enqueued>, SqlError>
+type Send = (jobs: ReadonlyArray<Store.NewJob>, patience: number | undefined) => Effect.Effect<Sent, SqlError>
+
+/** What a statement has come to. */
+interface Sent {
+  readonly enqueued: ReadonlyArray<Enqueued>
+  /** It has announced itself. */
+  readonly announced: boolean
+}
 
 /**
  * Makes the entrance for single enqueues outside a transaction.
  */
 export const make = Effect.fnUntraced(function*(options: {
   readonly store: Store.Store
-  /** Called for jobs that are in, before their enqueues return. */
+  /** What the insert of a job that is alone is to announce. See `Wakeup.along`. */
+  readonly along: (job: Store.NewJob) => string | undefined
+  /** How long such an insert took, in milliseconds. */
+  readonly wentAlong: (millis: number) => void
+  /** Called for jobs that are in and have not been announced, before their enqueues return. */
   readonly onEnqueued: (jobs: ReadonlyArray<Store.NewJob>, enqueued: ReadonlyArray<Enqueued>) => void
 }) {
+  const clock = yield* Clock.Clock
   const scope = yield* Bounded.open(Effect.scope)
   const context = yield* Effect.context<never>()
   /** Everybody who waits, by sort. */
@@ -87,10 +97,10 @@ export const make = Effect.fnUntraced(function*(options: {
   const succeed = (
     group: ReadonlyArray<Waiting>,
     jobs: ReadonlyArray<Store.NewJob>,
-    enqueued: ReadonlyArray<Enqueued>
+    { announced, enqueued }: Sent
   ) =>
     Effect.sync(() => {
-      options.onEnqueued(jobs, enqueued)
+      if (!announced) options.onEnqueued(jobs, enqueued)
       group.forEach((one, index) => settle(one, Exit.succeed(enqueued[index]!)))
     })
   const fail = (group: ReadonlyArray<Waiting>, error: SqlError) => settleAll(group, Exit.fail(error))
@@ -120,7 +130,7 @@ export const make = Effect.fnUntraced(function*(options: {
       const jobs = group.map(({ job }) => job)
       return persistently(send(jobs, patience)).pipe(
         Effect.matchEffect({
-          onSuccess: (enqueued) => succeed(group, jobs, enqueued),
+          onSuccess: (sent) => succeed(group, jobs, sent),
           onFailure: (error) => {
             const locked = patience !== undefined && Database.sqlState(error) === lockTimeout
             if (!locked && !Database.isDataFault(error)) return fail(group, error)
@@ -161,7 +171,7 @@ export const make = Effect.fnUntraced(function*(options: {
           schedule: Schedule.jittered(Schedule.spaced("20 millis"))
         }),
         Effect.matchEffect({
-          onSuccess: (enqueued) => succeed([one], [one.job], enqueued),
+          onSuccess: (sent) => succeed([one], [one.job], sent),
           onFailure: (error) => fail([one], error)
         }),
         Effect.catchCause((cause) => abandon([one], cause))
@@ -202,15 +212,30 @@ export const make = Effect.fnUntraced(function*(options: {
       })
   }
 
-  const answered = Database.answeredWithin(insertBound)
+  const answered = (enqueued: Effect.Effect<ReadonlyArray<Enqueued>, SqlError>, announced = false) =>
+    Effect.map(Database.answeredWithin(insertBound)(enqueued), (enqueued): Sent => ({ enqueued, announced }))
   const plainly: Send = (jobs, patience) =>
     UniqueKeys.freshFirst((fresh) =>
       answered(UniqueKeys.insertPlain(options.store, jobs, { inUserTransaction: false, patience, fresh }))
     )
+  const telling: Send = (jobs, patience) =>
+    Effect.suspend(() => {
+      const news = jobs.length === 1 ? options.along(jobs[0]!) : undefined
+      if (news === undefined) return plainly(jobs, patience)
+      const since = Bounded.monotonic(clock)
+      return Effect.catchIf(
+        Effect.tap(
+          answered(UniqueKeys.insertTelling(options.store, jobs[0]!, news), true),
+          () => Effect.sync(() => options.wentAlong(Bounded.monotonic(clock) - since))
+        ),
+        (error: SqlError) => Database.isReplay(error) || Database.isFullOfNews(error),
+        () => plainly(jobs, patience)
+      )
+    })
   const keyed: Send = (jobs, patience) =>
     answered(UniqueKeys.insertKeyed(options.store, jobs, { inUserTransaction: false, patience }))
   // An id that was made here cannot be in a stranger's transaction; one that the caller chose can.
-  const own = collect(plainly, undefined)
+  const own = collect(telling, undefined)
   const given = collect(plainly, groupPatience)
   const unique = collect(keyed, groupPatience)
   return (job: Store.NewJob): Effect.Effect<Enqueued, SqlError> =>

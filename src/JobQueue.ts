@@ -195,7 +195,12 @@ const make = Effect.fnUntraced(function*(options: Options) {
     due.forEach((delay, queue) => wakeup.mark(queue, delay))
   }
 
-  const enqueue = yield* Grouping.make({ store, onEnqueued: announce })
+  const enqueue = yield* Grouping.make({
+    store,
+    along: (job) => wakeup.along(job.queue, delayOf(job)),
+    wentAlong: wakeup.wentAlong,
+    onEnqueued: announce
+  })
 
   /** Whether this fiber's transaction is the queue's client's. Checked at the call, before any grouping. */
   const inTransaction = (kind: () => string): Effect.Effect<boolean, EnqueueError> =>

@@ -423,6 +423,7 @@ export const start = Effect.fnUntraced(function*(options: {
   })
   yield* wakeup.subscribe({
     ...Wakeup.deaf,
+    works: (queue) => lineOf.has(queue),
     onDue: timekeeper.due,
     onLost: liveness.doubt,
     // Only a hint, which anybody can give: the heartbeat brings the marks of the jobs that are this worker's.

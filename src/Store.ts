@@ -260,9 +260,18 @@ export const make = (db: Database.Database, schema: string) => {
           // a replay as it is.
           db.connect === undefined
             ? often(insertion.insert, Insertion.columnsOf(jobs))
+            : jobs.length === 1
+            ? often(insertion.insertOne, Insertion.oneColumnsOf(jobs[0]!, "", ""))
             : often(insertion.insertNew, Insertion.newColumnsOf(jobs))
         )
       ),
+
+    /**
+     * Inserts one such job and announces `news` with it, in the queue's own sessions. When the server takes no more of them
+     * it fails with what `isFullOfNews` tells.
+     */
+    insertTelling: (job: Insertion.NewJob, news: string): Effect.Effect<void, SqlError> =>
+      Effect.asVoid(often(insertion.insertOne, Insertion.oneColumnsOf(job, channel, news))),
 
     /**
      * Inserts jobs without a unique key; returns the ids that were not there before. `patience` bounds, in milliseconds,
@@ -371,16 +380,24 @@ export const make = (db: Database.Database, schema: string) => {
       entries: ReadonlyArray<Settlement.Entry>,
       now?: number
     ): Effect.Effect<ReadonlyArray<Settlement.Answer>, SqlError> => {
-      const settle = (channel: string) =>
+      const settle = (entries: ReadonlyArray<Settlement.Entry>, channel: string) =>
         often<Settlement.Answer>(settlement.settle, Settlement.columnsOf(worker, entries, channel, now))
-      const finish = (channel: string) =>
-        // A row of the same id has ended before, which nothing here lets happen: then they end as the others do.
-        Effect.catchIf(
-          often<Settlement.Answer>(settlement.finish, Settlement.finishedColumnsOf(worker, entries, channel, now)),
-          Database.isReplay,
-          () => settle(channel)
-        )
-      const send = entries.every(({ verb }) => verb === "completed") ? finish : settle
+      const complete = (channel: string) =>
+        entries.every((entry) => entry.forget === true)
+          ? often<Settlement.Completing>(settlement.forget, Settlement.forgottenColumnsOf(entries))
+          : often<Settlement.Completing>(settlement.finish, Settlement.finishedColumnsOf(worker, entries, channel, now))
+      const send = (channel: string) =>
+        entries.every(({ verb }) => verb === "completed")
+          ? complete(channel).pipe(
+            Effect.flatMap((rows) => {
+              const { answers, left } = Settlement.sorted(entries, rows)
+              if (left.length === 0) return Effect.succeed(answers)
+              return Effect.map(settle(left, channel), (more) => [...answers, ...more])
+            }),
+            // A row of the same id has ended before, which nothing here lets happen: then they end as the others do.
+            Effect.catchIf(Database.isReplay, () => settle(entries, channel))
+          )
+          : settle(entries, channel)
       // A session that listens and does nothing has filled the server's queue of notifications. That is nobody's result to
       // pay for: who waits looks by itself.
       return Effect.catchIf(send(channel), Database.isFullOfNews, () => send(""))
@@ -445,6 +462,7 @@ export const make = (db: Database.Database, schema: string) => {
     texts: {
       insert: insertion.insert,
       insertNew: insertion.insertNew,
+      insertOne: insertion.insertOne,
       insertUnique: insertion.insertUnique,
       holders: insertion.holders,
       replace: insertion.replace,

@@ -37,6 +37,16 @@ export const insertPlain = (
     })
 
 /**
+ * Inserts one job without a unique key whose id was made here, and announces `news` with it.
+ */
+export const insertTelling = (
+  store: Store.Store,
+  job: Store.NewJob,
+  news: string
+): Effect.Effect<ReadonlyArray<Enqueued>, SqlError> =>
+  Effect.as(store.insertTelling(job, news), [enqueuedAs(job, true)])
+
+/**
  * Sends what was not sent before, and as a replay when it turns out that it was: its answer was lost.
  */
 export const freshFirst = <A>(

@@ -19,6 +19,8 @@ import * as Turn from "./Turn.ts"
 
 /** Whoever wants to hear: a worker, or somebody who waits for a job. */
 export interface Listener {
+  /** Whether it works this queue. */
+  readonly works: (queue: string) => boolean
   /** A queue has something due in `delay` milliseconds; no queue means: look at everything, something may have been missed. */
   readonly onDue: (queue: string | undefined, delay: number) => void
   /** A running job may have been cancelled. */
@@ -33,6 +35,7 @@ export interface Listener {
 
 /** Hears nothing. */
 export const deaf: Listener = {
+  works: () => false,
   onDue: () => {},
   onCancel: () => {},
   onEnd: () => {},
@@ -49,6 +52,13 @@ export type News = "cancel" | "end"
 export interface Wakeup {
   /** Announces that a queue has something due in `delay` milliseconds. Returns at once and never fails. */
   readonly mark: (queue: string, delay: number) => void
+  /**
+   * Returns what an insert is to announce by itself, with its commit, which spares those who hear it a round trip: for a job
+   * that nobody in this process works, and only now and then. `undefined`: the job is to be marked when it is in.
+   */
+  readonly along: (queue: string, delay: number) => string | undefined
+  /** Says how long such an insert took, in milliseconds. */
+  readonly wentAlong: (millis: number) => void
   /** Announces that something has happened to a job that somebody has to know of. Returns at once and never fails. */
   readonly tell: (news: News, job: string) => void
   /** The same for this process alone: the others have been told. */
@@ -72,6 +82,15 @@ const scheduleWritten = "schedule"
 const roundEvery = 4
 const mostAtOnce = 20
 
+/**
+ * An insert that announces itself holds a lock of the whole database until it is on disk, and where many processes do so they
+ * wait for each other. So many in a row that took so many milliseconds are a sign of it, or of a slow disk; then none does
+ * for a while.
+ */
+const slowAlong = 10
+const slowInARow = 3
+const noneAlong = 10_000
+
 /** How long the end of a process waits for what is still to be announced, in milliseconds. */
 const lastWord = 300
 
@@ -91,6 +110,17 @@ export const make = Effect.fnUntraced(function*(db: Database.Database, schema: s
   const pending = Latch.makeUnsafe(false)
   /** Closed from a mark on until it has been announced. */
   const silent = Latch.makeUnsafe(true)
+  let saved = mostAtOnce
+  let savedAt = now()
+  /** Takes one round from what has been saved up, and returns what is left: less than none is owed. */
+  const spend = (at: number): number => {
+    saved = Math.min(mostAtOnce, saved + (at - savedAt) / roundEvery) - 1
+    savedAt = at
+    return saved
+  }
+  let slow = 0
+  let noneAlongUntil = -Infinity
+
   // The session of our own notifier: its notifications were delivered to this process directly.
   let ownProcess = 0
 
@@ -101,6 +131,20 @@ export const make = Effect.fnUntraced(function*(db: Database.Database, schema: s
     if (known === undefined || delay < known) dirty.set(queue, delay)
     silent.closeUnsafe()
     pending.openUnsafe()
+  }
+
+  const along = (queue: string, delay: number): string | undefined => {
+    if (db.connect === undefined || delay > horizon || dirty.size > 0) return undefined
+    const at = now()
+    if (at < noneAlongUntil || saved + (at - savedAt) / roundEvery < 1) return undefined
+    for (const listener of listeners) if (listener.works(queue)) return undefined
+    spend(at)
+    return payloadOf(queue, delay)
+  }
+
+  const wentAlong = (millis: number): void => {
+    slow = millis < slowAlong ? 0 : slow + 1
+    if (slow >= slowInARow) noneAlongUntil = now() + noneAlong
   }
 
   const tellHere = (news: News, job: string): void => {
@@ -139,8 +183,6 @@ export const make = Effect.fnUntraced(function*(db: Database.Database, schema: s
         // Before there is anything to say: what is said first must not wait for a connection.
         const session = yield* connect
         ownProcess = session.processId
-        let saved = mostAtOnce
-        let at = now()
         while (true) {
           yield* pending.await
           // What is marked together is said together, and costs one round.
@@ -148,12 +190,10 @@ export const make = Effect.fnUntraced(function*(db: Database.Database, schema: s
           pending.closeUnsafe()
           const round = [...dirty]
           dirty.clear()
-          const before = at
-          at = now()
-          saved = Math.min(mostAtOnce, saved + (at - before) / roundEvery) - 1
+          spend(now())
           const news = [...told]
           told.clear()
-          const payloads = [...round.map(([queue, delay]) => `${Math.ceil(delay)} ${queue}`), ...news]
+          const payloads = [...round.map(([queue, delay]) => payloadOf(queue, delay)), ...news]
           yield* Bounded.bounded(session.query(Store.notifyText, [channel, payloads]), 5000).pipe(
             // Announced late is better than never.
             Effect.onError(() =>
@@ -234,6 +274,8 @@ export const make = Effect.fnUntraced(function*(db: Database.Database, schema: s
 
   const wakeup: Wakeup = {
     mark,
+    along,
+    wentAlong,
     tell,
     tellHere,
     scheduled,
@@ -246,6 +288,8 @@ export const make = Effect.fnUntraced(function*(db: Database.Database, schema: s
   }
   return wakeup
 })
+
+const payloadOf = (queue: string, delay: number): string => `${Math.ceil(delay)} ${queue}`
 
 /** Listens until the session fails. A half-open link is noticed by a query of its own within 15 s: TCP never tells. */
 const listenOnce = (options: {

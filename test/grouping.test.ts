@@ -16,6 +16,8 @@ const entrance = Effect.gen(function*() {
   const sent: Array<ReadonlyArray<string>> = []
   const again: Array<ReadonlyArray<string>> = []
   const told: Array<string> = []
+  /** What inserts have announced by themselves, and whether they may. */
+  const along = { allowed: false, told: [] as Array<string>, took: 0 }
   const open: Array<Deferred.Deferred<void>> = []
   const failed = (code: string) => new SqlError({ reason: new UnknownError({ cause: { code }, message: code }) })
   const answering = (jobs: ReadonlyArray<Store.NewJob>, failures: Readonly<Record<string, string>>) =>
@@ -27,6 +29,11 @@ const entrance = Effect.gen(function*() {
       return Effect.andThen(Deferred.await(answer), code === undefined ? Effect.void : Effect.fail(failed(code)))
     })
   const insertNew = (jobs: ReadonlyArray<Store.NewJob>) => answering(jobs, { bad: "22P02", there: "23505" })
+  const insertTelling = (job: Store.NewJob, news: string) =>
+    Effect.tap(
+      answering([job], { bad: "22P02", there: "23505", "too much": "54000" }),
+      () => Effect.sync(() => void along.told.push(news))
+    )
   const insert = (jobs: ReadonlyArray<Store.NewJob>) =>
     Effect.suspend(() => {
       again.push(jobs.map(({ payload }) => payload))
@@ -37,11 +44,13 @@ const entrance = Effect.gen(function*() {
     })
   const enqueue = yield* Grouping.make({
     // Sound: jobs without a key are inserted, no more.
-    store: { insert, insertNew } as unknown as Store.Store,
+    store: { insert, insertNew, insertTelling } as unknown as Store.Store,
+    along: ({ payload }) => along.allowed ? `news of ${payload}` : undefined,
+    wentAlong: () => void along.took++,
     onEnqueued: (jobs) => told.push(jobs.map(({ payload }) => payload).join(" "))
   })
   const answer = Effect.suspend(() => Deferred.succeed(open.shift()!, undefined))
-  return { enqueue, sent, again, told, answer }
+  return { enqueue, sent, again, told, along, answer }
 })
 
 const start = <A, E, R>(effect: Effect.Effect<A, E, R>) => Effect.forkChild(effect, { startImmediately: true })
@@ -190,5 +199,34 @@ describe("an enqueue", () => {
       assert.isTrue(Exit.hasInterrupts(yield* Fiber.await(first)))
       assert.isTrue(Exit.hasInterrupts(yield* Fiber.await(second)))
       assert.isTrue(Exit.hasDies(yield* Effect.exit(enqueue(jobOf("3")))))
+    }))
+
+  it.live("announces itself when it is alone and may, and is announced when it could not", () =>
+    Effect.gen(function*() {
+      const { along, answer, enqueue, sent, told } = yield* entrance
+      along.allowed = true
+      const alone = yield* start(enqueue(jobOf("1")))
+      yield* microtasks
+      const together = yield* Effect.forEach(["2", "3"], (payload) => start(enqueue(jobOf(payload))))
+      yield* microtasks
+      yield* answer
+      yield* Fiber.join(alone)
+      assert.deepStrictEqual([along.told, told], [["news of 1"], []])
+      yield* microtasks
+      yield* answer
+      yield* Effect.forEach(together, Fiber.join)
+      assert.deepStrictEqual([along.told, told, along.took], [["news of 1"], ["2 3"], 1])
+      assert.deepStrictEqual(sent, [["1"], ["2", "3"]])
+
+      for (const payload of ["too much", "there"]) {
+        const fiber = yield* start(enqueue(jobOf(payload)))
+        for (let n = 0; n < 3; n++) {
+          yield* microtasks
+          yield* Effect.ignoreCause(Effect.suspend(() => answer))
+        }
+        assert.propertyVal(yield* Fiber.join(fiber), "status", "inserted")
+        assert.strictEqual(told.at(-1), payload)
+      }
+      assert.deepStrictEqual([along.told, along.took], [["news of 1"], 1])
     }))
 })

@@ -81,6 +81,7 @@ const heard = Effect.gen(function*() {
   const { internal } = yield* JobQueue
   const words: Array<string> = []
   yield* internal.wakeup.subscribe({
+    works: () => false,
     onDue: (queue) => words.push(`due ${queue}`),
     onCancel: (id) => words.push(`cancel ${id}`),
     onEnd: (id) => words.push(`end ${id}`),

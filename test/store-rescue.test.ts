@@ -65,6 +65,8 @@ layer(Storage.layer, { excludeTestServices: true })("rescue", (it) => {
       for (const { worker } of held) yield* bury(worker)
       const deaf: Wakeup.Wakeup = {
         mark: () => {},
+        along: () => undefined,
+        wentAlong: () => {},
         tell: () => {},
         tellHere: () => {},
         scheduled: () => {},

@@ -57,6 +57,16 @@ layer(Storage.layer, { excludeTestServices: true })("shortcuts", (it) => {
         yield* store.insertNew(make())
         assert.deepStrictEqual([yield* stored("job"), yield* lines], long)
         assert.lengthOf(long[0]!, make().length)
+        for (
+          const alone of [
+            (job: Store.NewJob) => store.insertNew([job]),
+            (job: Store.NewJob) => store.insertTelling(job, "x")
+          ]
+        ) {
+          yield* query("truncate pgqueue.job, pgqueue.ready")
+          yield* Effect.forEach(make(), alone)
+          assert.deepStrictEqual([yield* stored("job"), yield* lines], long)
+        }
       }))
     )
   }
@@ -70,9 +80,17 @@ layer(Storage.layer, { excludeTestServices: true })("shortcuts", (it) => {
       yield* store.settle(held.worker, [entry(held.lease, ended.id, "completed")])
       yield* store.insert([there], false)
       for (const known of [there, ended]) {
-        const error = yield* Effect.flip(store.insertNew([job(), known, job()]))
-        assert.isTrue(Database.isReplay(error), error.message)
-        assert.strictEqual(yield* count("job"), 1)
+        for (
+          const insert of [
+            store.insertNew([job(), known, job()]),
+            store.insertNew([known]),
+            store.insertTelling(known, "x")
+          ]
+        ) {
+          const error = yield* Effect.flip(insert)
+          assert.isTrue(Database.isReplay(error), error.message)
+          assert.strictEqual(yield* count("job"), 1)
+        }
       }
     }))
   )
@@ -130,6 +148,65 @@ layer(Storage.layer, { excludeTestServices: true })("shortcuts", (it) => {
       assert.deepStrictEqual(yield* settle(false), long)
     }))
   )
+
+  for (const forget of [false, true]) {
+    it.effect(
+      `a settle where all have completed, ${forget ? "not " : ""}to be kept, leaves what it cannot settle as it is`,
+      rule(Effect.gen(function*() {
+        const { store } = yield* Storage
+        const [fine, awaited, lockedRow, keyLocked, taken, deleted, never] = [
+          keyed("a"),
+          job({ awaited: true }),
+          job(),
+          keyed("b"),
+          job(),
+          job(),
+          job()
+        ]
+        const held = yield* claimed([fine, awaited, lockedRow, keyLocked, taken, deleted])
+        const other = uuid()
+        yield* query("insert into pgqueue.lease (id, worker, ids) values ($1::uuid, $2::uuid, array[$3::uuid])", [
+          other,
+          held.worker,
+          taken.id
+        ])
+        yield* query("update pgqueue.lease set ids = array_remove(ids, $2::uuid) where id = $1::uuid", [
+          held.lease,
+          taken.id
+        ])
+        yield* query("delete from pgqueue.job where id = $1::uuid", [deleted.id])
+        const stranger = yield* session
+        yield* stranger.query("begin")
+        yield* stranger.query("select from pgqueue.job where id = $1::text::uuid for update", [lockedRow.id])
+        yield* stranger.query("select from pgqueue.unique_key where job = $1::text::uuid for update", [keyLocked.id])
+        const all = [fine, awaited, lockedRow, keyLocked, taken, deleted, never]
+        const settle = store.settle(held.worker, all.map(({ id }) => entry(held.lease, id, "completed", { forget })))
+        const answers = yield* settle
+        const stateOfAnswer = new Map(answers.map(({ id, state }) => [id, state]))
+        assert.deepStrictEqual(all.map(({ id }) => stateOfAnswer.get(id)), [
+          undefined,
+          "done",
+          "busy",
+          "busy",
+          "gone",
+          "gone",
+          "gone"
+        ])
+        const places = Effect.forEach(all, ({ id }) => Effect.map(stateOf(id), ({ place }) => place))
+        const ended = forget ? "nowhere" : "finished"
+        assert.deepStrictEqual(yield* places, [ended, "finished", "lease", "lease", "lease", "nowhere", "nowhere"])
+        yield* stranger.query("rollback")
+        assert.deepStrictEqual(
+          (yield* settle).map(({ id, state }) => [id, state]).toSorted(),
+          [fine, awaited, taken, deleted, never].map(({ id }) => [id, "gone"]).toSorted()
+        )
+        assert.deepStrictEqual(yield* places, [ended, "finished", ended, ended, "lease", "nowhere", "nowhere"])
+        assert.strictEqual(yield* count("unique_key"), 0)
+        yield* store.settle(held.worker, [entry(other, taken.id, "completed", { forget })])
+        assert.strictEqual(yield* count("lease"), 0)
+      }))
+    )
+  }
 
   it.effect(
     "a settle where all have completed goes through although an id has ended before",

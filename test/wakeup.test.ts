@@ -87,6 +87,40 @@ describe("a mark", () => {
     }))
 })
 
+describe("an insert", () => {
+  it.live("announces its job where nobody here works the queue, nothing else is to be said, and not too often", () =>
+    Effect.scoped(Effect.gen(function*() {
+      const { announced, wakeup } = yield* database
+      assert.strictEqual(wakeup.along("mail", 0.2), "1 mail")
+      assert.isUndefined(wakeup.along("mail", 60_000))
+      yield* Effect.scoped(Effect.gen(function*() {
+        yield* wakeup.subscribe({ ...Wakeup.deaf, works: (queue) => queue === "mail" })
+        assert.isUndefined(wakeup.along("mail", 0))
+        assert.strictEqual(wakeup.along("default", 0), "0 default")
+      }))
+      const marked = () => {
+        wakeup.mark("default", 0)
+        return wakeup.along("mail", 0)
+      }
+      assert.isUndefined(yield* inOneTurn(() => {}, marked))
+      yield* Effect.sleep(20)
+      assert.deepStrictEqual(announced, [["0 default"]])
+      const begun = performance.now()
+      const through = Array.from({ length: 1000 }, () => wakeup.along("mail", 0)).filter((news) => news !== undefined)
+      assert.isAtMost(through.length, 20 + Math.ceil((performance.now() - begun) / 4))
+      assert.isAtLeast(through.length, 10)
+    })))
+
+  it.live("does not, for a while after three that were slow", () =>
+    Effect.scoped(Effect.gen(function*() {
+      const { wakeup } = yield* database
+      for (const took of [30, 30, 3, 30, 30]) wakeup.wentAlong(took)
+      assert.isDefined(wakeup.along("mail", 0))
+      wakeup.wentAlong(30)
+      assert.isUndefined(wakeup.along("mail", 0))
+    })))
+})
+
 describe("a notification", () => {
   it.live("is heard before the next turn of the event loop", () =>
     Effect.gen(function*() {
