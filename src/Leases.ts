@@ -12,6 +12,8 @@ import type * as Store from "./Store.ts"
 /** A lease this worker knows of: `confirmed` when the statement that made it has been answered. */
 export interface Lease {
   readonly id: string
+  /** How many were opened before. */
+  readonly nth: number
   confirmed: boolean
   readonly jobs: Map<string, Run.Running>
 }
@@ -47,9 +49,10 @@ export const make = (options: {
   readonly onFailed: (error: unknown) => void
 }): Leases => {
   const all = new Map<string, Lease>()
+  let opened = 0
   const open = (jobs: Iterable<Run.Running> = []): Lease => {
     const id = SecureRandom.uuidV7Unsafe()
-    const lease: Lease = { id, confirmed: false, jobs: new Map() }
+    const lease: Lease = { id, nth: opened++, confirmed: false, jobs: new Map() }
     for (const running of jobs) lease.jobs.set(running.row.id, running)
     all.set(id, lease)
     return lease

@@ -10,7 +10,7 @@ import * as Latch from "effect/Latch"
 import { isSqlError } from "effect/sql/SqlError"
 import * as Bounded from "./Bounded.ts"
 import * as Database from "./Database.ts"
-import * as Episode from "./Episode.ts"
+import type * as Episode from "./Episode.ts"
 import type * as Settlement from "./Settlement.ts"
 import type * as Store from "./Store.ts"
 
@@ -24,7 +24,7 @@ const maxEntries = 1000
 const worthTwo = 16
 
 /** Beyond this many unsettled jobs nothing is claimed: a database that cannot settle shall not be asked for more. */
-const backPressure = 5000
+const backPressure = 2500
 
 /** How much text of its handler travels with an entry, in characters. */
 const textOf = ({ failure, result }: Settlement.Entry): number =>
@@ -39,7 +39,7 @@ const refusal = "the database refused what the handler left"
 const busyPause = 50
 
 /**
- * The settle buffer of one worker.
+ * A settle buffer of one worker.
  */
 export interface Settler {
   readonly push: (entry: Settlement.Entry) => void
@@ -53,13 +53,14 @@ export interface Settler {
 }
 
 /**
- * Makes the settle buffer of a worker.
+ * Makes a settle buffer of a worker.
  */
 export const make = (options: {
   readonly store: Store.Store
   readonly worker: () => string
   /** The monotonic clock, in milliseconds. */
   readonly now: () => number
+  readonly episode: Episode.Episode
   /** The connection failed in the middle of a settle. */
   readonly onDoubt: () => void
   /** An entry has been answered: `undefined` when it was settled as asked. */
@@ -72,7 +73,7 @@ export const make = (options: {
   let full = false
   /** The most jobs of the next settle: fewer after one that did not come to an end in time. */
   let most = maxEntries
-  const episode = Episode.make("settling")
+  const { episode } = options
   const some = Latch.makeUnsafe(false)
   const empty = Latch.makeUnsafe(true)
 
