@@ -4,7 +4,6 @@
  * @since 0.1.0
  */
 import type * as Cause from "effect/Cause"
-import * as Clock from "effect/Clock"
 import * as Context from "effect/Context"
 import * as Effect from "effect/Effect"
 import * as Exit from "effect/Exit"
@@ -19,6 +18,7 @@ import type { Enqueued } from "./Enqueue.ts"
 import type * as Store from "./Store.ts"
 import * as Turn from "./Turn.ts"
 import * as UniqueKeys from "./UniqueKeys.ts"
+import type * as Wakeup from "./Wakeup.ts"
 
 /** The most rows of one insert: beyond it nothing is gained, and one statement must not hold its locks for long. */
 export const maxRows = 1000
@@ -49,10 +49,9 @@ interface Waiting {
 /** Sends some jobs in one statement. */
 type Send = (jobs: ReadonlyArray<Store.NewJob>, patience: number | undefined) => Effect.Effect<Sent, SqlError>
 
-/** What a statement has come to. */
+/** The jobs of one statement, and whether it has announced them. */
 interface Sent {
   readonly enqueued: ReadonlyArray<Enqueued>
-  /** It has announced itself. */
   readonly announced: boolean
 }
 
@@ -61,14 +60,11 @@ interface Sent {
  */
 export const make = Effect.fnUntraced(function*(options: {
   readonly store: Store.Store
-  /** What the insert of a job that is alone is to announce. See `Wakeup.along`. */
-  readonly along: (job: Store.NewJob) => string | undefined
-  /** How long such an insert took, in milliseconds. */
-  readonly wentAlong: (millis: number) => void
+  /** What the insert of a job that comes alone is to announce. See `Wakeup.withInsert`. */
+  readonly withInsert: (job: Store.NewJob) => Wakeup.Announcement | undefined
   /** Called for jobs that are in and have not been announced, before their enqueues return. */
   readonly onEnqueued: (jobs: ReadonlyArray<Store.NewJob>, enqueued: ReadonlyArray<Enqueued>) => void
 }) {
-  const clock = yield* Clock.Clock
   const scope = yield* Bounded.open(Effect.scope)
   const context = yield* Effect.context<never>()
   /** Everybody who waits, by sort. */
@@ -132,7 +128,7 @@ export const make = Effect.fnUntraced(function*(options: {
         Effect.matchEffect({
           onSuccess: (sent) => succeed(group, jobs, sent),
           onFailure: (error) => {
-            const locked = patience !== undefined && Database.sqlState(error) === lockTimeout
+            const locked = patience !== undefined && Database.isLockTimeout(error)
             if (!locked && !Database.isDataFault(error)) return fail(group, error)
             if (group.length === 1) return locked ? waitApart(group[0]!) : fail(group, error)
             const middle = group.length >> 1
@@ -167,7 +163,7 @@ export const make = Effect.fnUntraced(function*(options: {
     const probe = (one: Waiting): Effect.Effect<void> =>
       persistently(Semaphore.withPermit(probes, send([one.job], lonePatience))).pipe(
         Effect.retry({
-          while: (error) => Database.sqlState(error) === lockTimeout && !one.over,
+          while: (error) => Database.isLockTimeout(error) && !one.over,
           schedule: Schedule.jittered(Schedule.spaced("20 millis"))
         }),
         Effect.matchEffect({
@@ -214,35 +210,31 @@ export const make = Effect.fnUntraced(function*(options: {
 
   const answered = (enqueued: Effect.Effect<ReadonlyArray<Enqueued>, SqlError>, announced = false) =>
     Effect.map(Database.answeredWithin(insertBound)(enqueued), (enqueued): Sent => ({ enqueued, announced }))
-  const plainly: Send = (jobs, patience) =>
-    UniqueKeys.freshFirst((fresh) =>
-      answered(UniqueKeys.insertPlain(options.store, jobs, { inUserTransaction: false, patience, fresh }))
-    )
-  const telling: Send = (jobs, patience) =>
+  const plainly = (jobs: ReadonlyArray<Store.NewJob>, patience: number | undefined, carried?: Wakeup.Announcement) =>
+    UniqueKeys.freshFirst((fresh) => {
+      // A replay is rare, and announced when it is in.
+      const announcement = fresh ? carried : undefined
+      const manner = { inUserTransaction: false, patience, fresh, notification: announcement?.payload }
+      const sent = answered(UniqueKeys.insertPlain(options.store, jobs, manner), announcement !== undefined)
+      return announcement === undefined ? sent : Effect.onExit(sent, () => Effect.sync(announcement.done))
+    })
+  const alone: Send = (jobs) =>
     Effect.suspend(() => {
-      const news = jobs.length === 1 ? options.along(jobs[0]!) : undefined
-      if (news === undefined) return plainly(jobs, patience)
-      const since = Bounded.monotonic(clock)
-      return Effect.catchIf(
-        Effect.tap(
-          answered(UniqueKeys.insertTelling(options.store, jobs[0]!, news), true),
-          () => Effect.sync(() => options.wentAlong(Bounded.monotonic(clock) - since))
-        ),
-        (error: SqlError) => Database.isReplay(error) || Database.isFullOfNews(error),
-        () => plainly(jobs, patience)
-      )
+      const announcement = jobs.length === 1 ? options.withInsert(jobs[0]!) : undefined
+      const sent = plainly(jobs, undefined, announcement)
+      if (announcement === undefined) return sent
+      // A session that listens and does nothing has filled the server's queue of notifications.
+      return Effect.catchIf(sent, Database.isFullOfNews, () => plainly(jobs, undefined))
     })
   const keyed: Send = (jobs, patience) =>
     answered(UniqueKeys.insertKeyed(options.store, jobs, { inUserTransaction: false, patience }))
   // An id that was made here cannot be in a stranger's transaction; one that the caller chose can.
-  const own = collect(telling, undefined)
+  const own = collect(alone, undefined)
   const given = collect(plainly, groupPatience)
   const unique = collect(keyed, groupPatience)
   return (job: Store.NewJob): Effect.Effect<Enqueued, SqlError> =>
     job.unique !== undefined ? unique(job) : job.idGiven === true ? given(job) : own(job)
 })
-
-const lockTimeout = "55P03"
 
 /**
  * Tries again through an outage, for a while. The ids are the same each time, so nothing is inserted twice.
@@ -250,6 +242,6 @@ const lockTimeout = "55P03"
 export const persistently = <A, R>(self: Effect.Effect<A, SqlError, R>): Effect.Effect<A, SqlError, R> =>
   Effect.retry(self, {
     // A lock timeout is for the caller to deal with.
-    while: (error) => Database.isTransient(error) && Database.sqlState(error) !== lockTimeout,
+    while: (error) => Database.isTransient(error) && !Database.isLockTimeout(error),
     schedule: Schedule.upTo(Database.backoff, { duration: outage })
   })

@@ -197,8 +197,7 @@ const make = Effect.fnUntraced(function*(options: Options) {
 
   const enqueue = yield* Grouping.make({
     store,
-    along: (job) => wakeup.along(job.queue, delayOf(job)),
-    wentAlong: wakeup.wentAlong,
+    withInsert: (job) => wakeup.withInsert(job.queue, delayOf(job)),
     onEnqueued: announce
   })
 

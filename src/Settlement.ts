@@ -1,9 +1,10 @@
 /**
- * The statements that take jobs out of their leases: settle, release and rescue.
+ * The statements that take jobs out of their leases: settle with its short forms, release and rescue.
  *
  * They share one order of steps. Lock the leases in id order; keep the jobs that are still in their lease (that is the
  * fence); lock the job rows, skipping those that somebody else holds; decide everything from the locked rows; write by
- * id only; take exactly these ids out of the leases and delete the leases that became empty.
+ * id only; take exactly these ids out of the leases and delete the leases that became empty. The short forms, for what has
+ * completed, have nothing to decide.
  *
  * By id and never by ctid: a locked row may be newer than the statement's snapshot (somebody marked the job as cancelled
  * while the lease was waited for). Its ctid is then that of a version the snapshot cannot see, and a write by ctid
@@ -55,15 +56,21 @@ export interface Answer {
   readonly awaited: boolean
 }
 
+/** What the short forms answer: what they leave `unsettled` is for `settle`. */
+export type Completing = Answer | { readonly lease: string; readonly id: string; readonly state: "unsettled" }
+
+/** Names an entry and its answer. */
+export const keyOf = ({ id, lease }: { readonly lease: string; readonly id: string }): string => lease + id
+
 /**
- * The parameters of `settle`. An entry counts once, whatever the buffer held. On `channel` is announced who has ended and is
+ * The parameters of `settle`. On `channel` is announced who has ended and is
  * waited for. `now` is the monotonic clock that the entries go by.
  */
 export const columnsOf = (
   worker: string,
   entries: ReadonlyArray<Entry>,
   channel = "",
-  now: number | undefined = undefined
+  now?: number
 ): Array<unknown> => {
   const once = onceEach(entries)
   return [
@@ -85,9 +92,9 @@ export const columnsOf = (
 }
 
 /**
- * The parameters of `finish`, as short as they can be. See `columnsOf`.
+ * The parameters of `completeKept`, as short as they can be. See `columnsOf`.
  */
-export const finishedColumnsOf = (
+export const keptColumnsOf = (
   worker: string,
   entries: ReadonlyArray<Entry>,
   channel: string,
@@ -109,27 +116,24 @@ export const finishedColumnsOf = (
 }
 
 /**
- * The parameters of `forget`. See `columnsOf`.
+ * The parameters of `completeForgotten`. See `columnsOf`.
  */
 export const forgottenColumnsOf = (entries: ReadonlyArray<Entry>): Array<unknown> => {
   const once = onceEach(entries)
   return [arrayText(column(once, (entry) => entry.lease)), arrayText(once.map((entry) => entry.id))]
 }
 
-/** What `finish` and `forget` answer: what they have `left` is to be settled by `settle`. */
-export type Completing = Answer | { readonly lease: string; readonly id: string; readonly state: "left" }
-
 /**
- * Sorts what `finish` and `forget` have answered into answers, and entries that they have left.
+ * Splits what a short form has answered into the answers, and the entries that it has left.
  */
-export const sorted = (entries: ReadonlyArray<Entry>, rows: ReadonlyArray<Completing>) => {
+export const splitAnswers = (entries: ReadonlyArray<Entry>, rows: ReadonlyArray<Completing>) => {
   const answers: Array<Answer> = []
-  const left = new Set<string>()
+  const unsettled = new Set<string>()
   for (const row of rows) {
-    if (row.state === "left") left.add(row.lease + row.id)
+    if (row.state === "unsettled") unsettled.add(keyOf(row))
     else answers.push(row)
   }
-  return { answers, left: left.size === 0 ? [] : entries.filter(({ id, lease }) => left.has(lease + id)) }
+  return { answers, unsettled: unsettled.size === 0 ? [] : entries.filter((entry) => unsettled.has(keyOf(entry))) }
 }
 
 /** Whole microseconds: written with all its digits, a time took more room than the id of its job. */
@@ -139,7 +143,7 @@ const microsOf = (millis: number): number => Math.max(0, Math.round(millis * 100
 const onceEach = (entries: ReadonlyArray<Entry>): ReadonlyArray<Entry> =>
   new Set(entries.map((entry) => entry.id)).size === entries.length
     ? entries
-    : [...new Map(entries.map((entry) => [entry.lease + entry.id, entry])).values()]
+    : [...new Map(entries.map((entry) => [keyOf(entry), entry])).values()]
 
 /**
  * Builds the statements for one quoted schema.
@@ -156,7 +160,7 @@ export const statements = (s: string) => {
       select lease, id from decided union all select lease, id from missing where not busy
     )`
   // Takes exactly these ids out of their leases.
-  const outOfLeases = (taken: string) =>
+  const shrinkLeases = (taken: string) =>
     `left_over as materialized (
       select h.id, array(select pg_catalog.unnest(h.ids) except ${taken}) as ids from held h
     ), shrunk as (
@@ -216,7 +220,7 @@ export const statements = (s: string) => {
     ), removed as (
       delete from ${s}.job where id = any (array(select id from decided where status is not null))
     ), ${freed("decided", "status is not null and key_held")}, ${more}${
-      outOfLeases("select o.id from out_of_lease o where o.lease = h.id")
+      shrinkLeases("select o.id from out_of_lease o where o.lease = h.id")
     }`
 
   // The first loss of a job is free, every later one counts an attempt and makes the job a suspect: after a crash nobody
@@ -270,17 +274,29 @@ export const statements = (s: string) => {
   const kept = " and (forget = '' or awaited or status <> 'completed')"
   const settle = settleBy(writes("$11::uuid", "lease", kept))
   // For a transactional handler, whose job has completed: nothing goes back in line, which is half as much for the planner.
-  // It sees this anew each time, in a session that is not ours; what `finish` fails with would end the transaction.
+  // It sees this anew each time, in a session that is not ours; what `completeKept` fails with would end the transaction.
   const complete = settleBy(writes("$11::uuid", "lease", kept, ""))
 
-  // What `settle` does, where everything has completed: less than half of the work for the server (13 and 4 us a job, where
-  // `settle` takes 24). Nothing to decide and nothing to put back, job rows found and locked in one walk through their index,
-  // where a look-up for each cost three times that, and no guard against an id that has ended, which costs as much as
-  // the insert itself: on 23505 `settle` is to be sent. What is not there to be completed, for whatever reason, is left to
-  // `settle`, which has the answers.
-  const completing = (input: string, columns: string, which: string, writes: string) =>
+  // What `settle` does, where everything has completed: half of the work for the server, and a fifth where nothing is kept
+  // (11 and 5 us a job, where `settle` takes 22). Nothing to decide and nothing to put back, job rows found and locked in one
+  // walk through their index, where a look-up for each cost three times that, and no guard against an id that has ended, which
+  // costs as much as the insert itself: on 23505 `settle` is to be sent. What is not there to be completed, for whatever
+  // reason, is left to `settle`, which has the answers.
+  //
+  // `found`, from the inside: one walk over the ids; then the key of each, where `key_held` is null without one and false when
+  // it was skipped, once (offset 0), because it locks; then only those whose key is theirs no more, or is locked by us: any
+  // other is locked by a stranger.
+  const completing = (form: {
+    readonly input: string
+    /** What is read of the jobs, and of which. */
+    readonly columns: string
+    readonly which: string
+    /** What else is written, and answered. */
+    readonly ended: string
+    readonly answers: string
+  }) =>
     `with input as materialized (
-      ${input}
+      ${form.input}
     ), held as materialized (
       select l.id, l.ids from ${s}.lease l where l.id = any ($1::uuid[]) order by l.id for update
     ), ${checked}, found as materialized (
@@ -288,7 +304,7 @@ export const statements = (s: string) => {
         select j.*, case when unique_key is null then null else coalesce(
           (select true from ${s}.unique_key u where u.key = j.unique_key and u.job = j.id for update skip locked), false) end as key_held
         from (
-          select ${columns} from ${s}.job j where j.id = any (array(select id from checked where mine))${which} for update skip locked
+          select ${form.columns} from ${s}.job j where j.id = any (array(select id from checked where mine))${form.which} for update skip locked
         ) j
         offset 0
       ) j
@@ -296,17 +312,19 @@ export const statements = (s: string) => {
         else not exists (select 1 from ${s}.unique_key u where u.key = j.unique_key and u.job = j.id offset 0) end
     ), removed as (
       delete from ${s}.job where id = any (array(select id from found))
-    ), ${freed("found", "key_held")}, ${writes}${outOfLeases("select id from found")}
-    select lease::text as lease, id::text as id, 'left' as state, null as status, false as awaited
-    from checked where case when mine then id in (select id from found) else false end is false`
+    ), ${freed("found", "key_held")}, ${form.ended}${shrinkLeases("select id from found")}
+    -- In a case, membership stays a hash.
+    select lease::text as lease, id::text as id, 'unsettled' as state, null as status, false as awaited
+    from checked where case when mine then id in (select id from found) else false end is false${form.answers}`
 
-  const finish = completing(
-    `select coalesce(i.lease, ($1::uuid[])[1]) as lease, i.id, coalesce(i.result, ($3::text[])[1]) as result, i.ran, i.age,
+  const completeKept = completing({
+    input:
+      `select coalesce(i.lease, ($1::uuid[])[1]) as lease, i.id, coalesce(i.result, ($3::text[])[1]) as result, i.ran, i.age,
         coalesce(i.forget, ($8::text[])[1]) <> '' as forget
       from unnest($1::uuid[], $2::uuid[], $3::text[], $4::float8[], $5::float8[], $8::text[]) as i(lease, id, result, ran, age, forget)`,
-    "j.*",
-    "",
-    `ended as (
+    columns: "j.*",
+    which: "",
+    ended: `ended as (
       insert into ${s}.finished (id, kind, queue, priority, status, result, attempt, max_attempts, timeout_ms,
         rescued, snoozed, lease, worker, group_key, trace, metadata, enqueued_at, scheduled_for, started_at, finished_at, payload, progress)
       select f.id, kind, queue, priority, 'completed', nullif(i.result, '')::json, attempt + 1, max_attempts, timeout_ms,
@@ -314,19 +332,23 @@ export const statements = (s: string) => {
         c.now - (i.age + i.ran) * interval '1 microsecond', c.now - i.age * interval '1 microsecond', payload, progress
       from (select pg_catalog.clock_timestamp() as now) c, found f join checked i on i.id = f.id
       where i.mine and (awaited or not forget)
-    ), `
-  ) + `
+    ), `,
+    // Announced as in `settle`.
+    answers: `
     union all select lease::text, id::text, 'done', 'completed',
       case when $7::text <> '' then pg_catalog.pg_notify($7::text, 'end ' || id)::text is not null else true end
     from checked where case when mine then id in (select id from found where awaited) else false end`
+  })
 
   // Where nothing is kept of them. What somebody waits for is.
-  const forget = completing(
-    "select coalesce(i.lease, ($1::uuid[])[1]) as lease, i.id from unnest($1::uuid[], $2::uuid[]) as i(lease, id)",
-    "j.id, j.unique_key",
-    " and not awaited",
-    ""
-  )
+  const completeForgotten = completing({
+    input:
+      "select coalesce(i.lease, ($1::uuid[])[1]) as lease, i.id from unnest($1::uuid[], $2::uuid[]) as i(lease, id)",
+    columns: "j.id, j.unique_key",
+    which: " and not awaited",
+    ended: "",
+    answers: ""
+  })
 
   const takeBack = (held: string, decided: string) =>
     `with held as materialized (${held}),
@@ -376,5 +398,5 @@ export const statements = (s: string) => {
     )
     select alone from mine`
 
-  return { settle, complete, finish, forget, rescue, release, detach }
+  return { settle, complete, completeKept, completeForgotten, rescue, release, detach }
 }

@@ -11,7 +11,7 @@ import { isSqlError } from "effect/sql/SqlError"
 import * as Bounded from "./Bounded.ts"
 import * as Database from "./Database.ts"
 import type * as Episode from "./Episode.ts"
-import type * as Settlement from "./Settlement.ts"
+import * as Settlement from "./Settlement.ts"
 import type * as Store from "./Store.ts"
 
 /**
@@ -21,7 +21,7 @@ import type * as Store from "./Store.ts"
 const maxEntries = 1000
 
 /** In batches of so many, those that have completed are settled apart from the others, at a half of the price. */
-const worthTwo = 16
+const splitFrom = 16
 
 /** Beyond this many unsettled jobs nothing is claimed: a database that cannot settle shall not be asked for more. */
 const backPressure = 2500
@@ -100,11 +100,11 @@ export const make = (options: {
     )))
   }
 
-  const halves = (entries: ReadonlyArray<Settlement.Entry>) => {
-    const completed = entries.filter(({ verb }) => verb === "completed")
-    const others = completed.length === entries.length ? [] : entries.filter(({ verb }) => verb !== "completed")
-    return [completed, others].filter(({ length }) => length > 0)
-  }
+  const apart = (entries: ReadonlyArray<Settlement.Entry>) =>
+    [
+      entries.filter(({ verb }) => verb === "completed"),
+      entries.filter(({ verb }) => verb !== "completed")
+    ].filter(({ length }) => length > 0)
 
   /** Sends a batch; when the data of one is refused, halves it until that one is alone. */
   const send = (entries: ReadonlyArray<Settlement.Entry>): Effect.Effect<void> =>
@@ -114,10 +114,10 @@ export const make = (options: {
           // Mostly there are none: what completed as asked is not answered.
           const found = answers.length === 0
             ? undefined
-            : new Map(answers.map((answer) => [answer.lease + answer.id, answer]))
+            : new Map(answers.map((answer) => [Settlement.keyOf(answer), answer]))
           const busy: Array<Settlement.Entry> = []
           for (const entry of entries) {
-            const answer = found?.get(entry.lease + entry.id)
+            const answer = found?.get(Settlement.keyOf(entry))
             if (answer?.state === "busy") busy.push(entry)
             else options.onSettled(entry, answer)
           }
@@ -178,7 +178,7 @@ export const make = (options: {
       }
       inFlight += batch.length
       yield* Effect.ensuring(
-        Effect.forEach(batch.length < worthTwo ? [batch] : halves(batch), send, { discard: true }),
+        Effect.forEach(batch.length < splitFrom ? [batch] : apart(batch), send, { discard: true }),
         Effect.sync(() => {
           inFlight -= batch.length
           if (full && waiting.length + inFlight < backPressure / 2) {

@@ -1,6 +1,6 @@
 /**
- * The verbs of the storage, one per statement: those of this file, claim, beat and look among them, and all the others, whose
- * texts are next to those that they resemble.
+ * The verbs of the storage, one for each thing to do, which send the statement that does it at the least cost: those of this
+ * file, claim and beat among them, and all the others, whose texts are next to those that they resemble.
  *
  * Every statement is a fixed text over bound parameters; the schema name, validated and quoted, is the only thing ever
  * written into one. Arrays are bound as text and cast, so that any driver can send them.
@@ -251,27 +251,21 @@ export const make = (db: Database.Database, schema: string) => {
 
     /**
      * Inserts jobs without a unique key whose ids were made for them, all or none. May fail with an error that `isReplay`
-     * tells when one of them is there or has been: then they are to be inserted with `insert`.
+     * tells when one of them is there or has been: then they are to be inserted with `insert`. One job can carry a
+     * notification; when the server takes no more of these it fails with what `isFullOfNews` tells.
      */
-    insertNew: (jobs: ReadonlyArray<Insertion.NewJob>): Effect.Effect<void, SqlError> =>
+    insertNew: (jobs: ReadonlyArray<Insertion.NewJob>, notification = ""): Effect.Effect<void, SqlError> =>
       Effect.suspend(() =>
         Effect.asVoid(
-          // Its last look is safe only with the settings of the queue's own sessions. `insert`, which brings its own, takes
-          // a replay as it is.
+          // Their last look is safe only with the settings of the queue's own sessions. `insert`, which brings its own,
+          // takes a replay as it is.
           db.connect === undefined
             ? often(insertion.insert, Insertion.columnsOf(jobs))
             : jobs.length === 1
-            ? often(insertion.insertOne, Insertion.oneColumnsOf(jobs[0]!, "", ""))
+            ? often(insertion.insertNewOne, Insertion.oneColumnsOf(jobs[0]!, channel, notification))
             : often(insertion.insertNew, Insertion.newColumnsOf(jobs))
         )
       ),
-
-    /**
-     * Inserts one such job and announces `news` with it, in the queue's own sessions. When the server takes no more of them
-     * it fails with what `isFullOfNews` tells.
-     */
-    insertTelling: (job: Insertion.NewJob, news: string): Effect.Effect<void, SqlError> =>
-      Effect.asVoid(often(insertion.insertOne, Insertion.oneColumnsOf(job, channel, news))),
 
     /**
      * Inserts jobs without a unique key; returns the ids that were not there before. `patience` bounds, in milliseconds,
@@ -382,21 +376,26 @@ export const make = (db: Database.Database, schema: string) => {
     ): Effect.Effect<ReadonlyArray<Settlement.Answer>, SqlError> => {
       const settle = (entries: ReadonlyArray<Settlement.Entry>, channel: string) =>
         often<Settlement.Answer>(settlement.settle, Settlement.columnsOf(worker, entries, channel, now))
+      // The settler sends those that have completed apart, for this.
       const complete = (channel: string) =>
         entries.every((entry) => entry.forget === true)
-          ? often<Settlement.Completing>(settlement.forget, Settlement.forgottenColumnsOf(entries))
-          : often<Settlement.Completing>(settlement.finish, Settlement.finishedColumnsOf(worker, entries, channel, now))
-      const send = (channel: string) =>
-        entries.every(({ verb }) => verb === "completed")
-          ? complete(channel).pipe(
-            Effect.flatMap((rows) => {
-              const { answers, left } = Settlement.sorted(entries, rows)
-              if (left.length === 0) return Effect.succeed(answers)
-              return Effect.map(settle(left, channel), (more) => [...answers, ...more])
-            }),
+          ? often<Settlement.Completing>(settlement.completeForgotten, Settlement.forgottenColumnsOf(entries))
+          : often<Settlement.Completing>(
+            settlement.completeKept,
+            Settlement.keptColumnsOf(worker, entries, channel, now)
+          ).pipe(
             // A row of the same id has ended before, which nothing here lets happen: then they end as the others do.
             Effect.catchIf(Database.isReplay, () => settle(entries, channel))
           )
+      const send = (channel: string) =>
+        entries.every(({ verb }) => verb === "completed")
+          ? Effect.flatMap(complete(channel), (rows) => {
+            const { answers, unsettled } = Settlement.splitAnswers(entries, rows)
+            if (unsettled.length === 0) return Effect.succeed(answers)
+            // Should this fail, all are sent again, and those that are settled now are `gone` then: who waits for one of
+            // them looks by itself.
+            return Effect.map(settle(unsettled, channel), (more) => [...answers, ...more])
+          })
           : settle(entries, channel)
       // A session that listens and does nothing has filled the server's queue of notifications. That is nobody's result to
       // pay for: who waits looks by itself.
@@ -460,13 +459,7 @@ export const make = (db: Database.Database, schema: string) => {
 
     /** The statements as they are sent, for tests of their plans. */
     texts: {
-      insert: insertion.insert,
-      insertNew: insertion.insertNew,
-      insertOne: insertion.insertOne,
-      insertUnique: insertion.insertUnique,
-      holders: insertion.holders,
-      replace: insertion.replace,
-      expireKeys: insertion.expireKeys,
+      ...insertion,
       claim: claimText,
       beat: beatText,
       ...settlement,

@@ -17,6 +17,8 @@ export interface Manner {
   readonly patience: number | undefined
   /** Ids that were made here have not been sent before. Outside the application's transaction only. */
   readonly fresh?: boolean
+  /** What the insert of one such job announces. */
+  readonly notification?: string | undefined
 }
 
 /**
@@ -25,26 +27,16 @@ export interface Manner {
 export const insertPlain = (
   store: Store.Store,
   jobs: ReadonlyArray<Store.NewJob>,
-  { fresh, inUserTransaction, patience }: Manner
+  { fresh, inUserTransaction, notification, patience }: Manner
 ): Effect.Effect<ReadonlyArray<Enqueued>, SqlError> =>
   fresh === true && !jobs.some((job) => job.idGiven === true)
-    ? Effect.as(store.insertNew(jobs), jobs.map((job) => enqueuedAs(job, true)))
+    ? Effect.as(store.insertNew(jobs, notification), jobs.map((job) => enqueuedAs(job, true)))
     : Effect.map(store.insert(jobs, inUserTransaction, patience), (ids) => {
       if (ids.size === jobs.length) return jobs.map((job) => enqueuedAs(job, true))
       const inserted = new Set(ids)
       // Of two jobs with one id the first went in.
       return jobs.map((job) => enqueuedAs(job, inserted.delete(job.id)))
     })
-
-/**
- * Inserts one job without a unique key whose id was made here, and announces `news` with it.
- */
-export const insertTelling = (
-  store: Store.Store,
-  job: Store.NewJob,
-  news: string
-): Effect.Effect<ReadonlyArray<Enqueued>, SqlError> =>
-  Effect.as(store.insertTelling(job, news), [enqueuedAs(job, true)])
 
 /**
  * Sends what was not sent before, and as a replay when it turns out that it was: its answer was lost.

@@ -1,6 +1,6 @@
 /**
  * Who must be woken, and when: marked after the commit, told to the listeners of this process directly and to the others
- * by one coalesced NOTIFY. Only a hint: polling is the truth.
+ * by one coalesced NOTIFY, or by the insert of a job that comes alone. Only a hint: polling is the truth.
  *
  * @since 0.1.0
  */
@@ -46,6 +46,13 @@ export const deaf: Listener = {
 /** What is told of one job. */
 export type News = "cancel" | "end"
 
+/** What an insert announces with its commit. */
+export interface Announcement {
+  readonly payload: string
+  /** The insert has been answered, or has failed. */
+  readonly done: () => void
+}
+
 /**
  * Wakes workers.
  */
@@ -53,12 +60,10 @@ export interface Wakeup {
   /** Announces that a queue has something due in `delay` milliseconds. Returns at once and never fails. */
   readonly mark: (queue: string, delay: number) => void
   /**
-   * Returns what an insert is to announce by itself, with its commit, which spares those who hear it a round trip: for a job
-   * that nobody in this process works, and only now and then. `undefined`: the job is to be marked when it is in.
+   * Takes a round of NOTIFY for the insert of a job that comes alone, which carries it and spares those who hear it a round
+   * trip. `undefined`: the queue is to be marked once the job is in.
    */
-  readonly along: (queue: string, delay: number) => string | undefined
-  /** Says how long such an insert took, in milliseconds. */
-  readonly wentAlong: (millis: number) => void
+  readonly withInsert: (queue: string, delay: number) => Announcement | undefined
   /** Announces that something has happened to a job that somebody has to know of. Returns at once and never fails. */
   readonly tell: (news: News, job: string) => void
   /** The same for this process alone: the others have been told. */
@@ -83,13 +88,13 @@ const roundEvery = 4
 const mostAtOnce = 20
 
 /**
- * An insert that announces itself holds a lock of the whole database until it is on disk, and where many processes do so they
- * wait for each other. So many in a row that took so many milliseconds are a sign of it, or of a slow disk; then none does
- * for a while.
+ * NOTIFY holds a lock that all databases of the server share until its commit is on disk: where many processes insert with
+ * it, they wait for each other. So many inserts in a row that took so many milliseconds, the wait for a connection included,
+ * are a sign of that, or of a slow disk; then none carries a NOTIFY for a while, in milliseconds.
  */
-const slowAlong = 10
+const slowInsert = 10
 const slowInARow = 3
-const noneAlong = 10_000
+const apartFor = 10_000
 
 /** How long the end of a process waits for what is still to be announced, in milliseconds. */
 const lastWord = 300
@@ -112,14 +117,14 @@ export const make = Effect.fnUntraced(function*(db: Database.Database, schema: s
   const silent = Latch.makeUnsafe(true)
   let saved = mostAtOnce
   let savedAt = now()
-  /** Takes one round from what has been saved up, and returns what is left: less than none is owed. */
-  const spend = (at: number): number => {
-    saved = Math.min(mostAtOnce, saved + (at - savedAt) / roundEvery) - 1
+  const available = (at: number): number => Math.min(mostAtOnce, saved + (at - savedAt) / roundEvery)
+  /** Takes one round; may leave less than none, which is owed. */
+  const spend = (at: number): void => {
+    saved = available(at) - 1
     savedAt = at
-    return saved
   }
   let slow = 0
-  let noneAlongUntil = -Infinity
+  let apartUntil = -Infinity
 
   // The session of our own notifier: its notifications were delivered to this process directly.
   let ownProcess = 0
@@ -133,18 +138,24 @@ export const make = Effect.fnUntraced(function*(db: Database.Database, schema: s
     pending.openUnsafe()
   }
 
-  const along = (queue: string, delay: number): string | undefined => {
-    if (db.connect === undefined || delay > horizon || dirty.size > 0) return undefined
+  const withInsert = (queue: string, delay: number): Announcement | undefined => {
     const at = now()
-    if (at < noneAlongUntil || saved + (at - savedAt) / roundEvery < 1) return undefined
+    if (db.connect === undefined || delay > horizon || at < apartUntil || available(at) < 1) return undefined
+    // A round is about to go, and this one goes with it.
+    if (dirty.size > 0) return undefined
+    // Who is here is told sooner by a mark than by any NOTIFY.
     for (const listener of listeners) if (listener.works(queue)) return undefined
     spend(at)
-    return payloadOf(queue, delay)
-  }
-
-  const wentAlong = (millis: number): void => {
-    slow = millis < slowAlong ? 0 : slow + 1
-    if (slow >= slowInARow) noneAlongUntil = now() + noneAlong
+    return {
+      payload: payloadOf(queue, delay),
+      done: () => {
+        const end = now()
+        slow = end - at < slowInsert ? 0 : slow + 1
+        if (slow < slowInARow) return
+        slow = 0
+        apartUntil = end + apartFor
+      }
+    }
   }
 
   const tellHere = (news: News, job: string): void => {
@@ -274,8 +285,7 @@ export const make = Effect.fnUntraced(function*(db: Database.Database, schema: s
 
   const wakeup: Wakeup = {
     mark,
-    along,
-    wentAlong,
+    withInsert,
     tell,
     tellHere,
     scheduled,

@@ -17,7 +17,7 @@ const entrance = Effect.gen(function*() {
   const again: Array<ReadonlyArray<string>> = []
   const told: Array<string> = []
   /** What inserts have announced by themselves, and whether they may. */
-  const along = { allowed: false, told: [] as Array<string>, took: 0 }
+  const carried = { allowed: false, payloads: [] as Array<string>, done: 0 }
   const open: Array<Deferred.Deferred<void>> = []
   const failed = (code: string) => new SqlError({ reason: new UnknownError({ cause: { code }, message: code }) })
   const answering = (jobs: ReadonlyArray<Store.NewJob>, failures: Readonly<Record<string, string>>) =>
@@ -28,12 +28,13 @@ const entrance = Effect.gen(function*() {
       const code = jobs.map(({ payload }) => failures[payload]).find((code) => code !== undefined)
       return Effect.andThen(Deferred.await(answer), code === undefined ? Effect.void : Effect.fail(failed(code)))
     })
-  const insertNew = (jobs: ReadonlyArray<Store.NewJob>) => answering(jobs, { bad: "22P02", there: "23505" })
-  const insertTelling = (job: Store.NewJob, news: string) =>
-    Effect.tap(
-      answering([job], { bad: "22P02", there: "23505", "too much": "54000" }),
-      () => Effect.sync(() => void along.told.push(news))
-    )
+  const insertNew = (jobs: ReadonlyArray<Store.NewJob>, notification?: string) =>
+    notification === undefined
+      ? answering(jobs, { bad: "22P02", there: "23505" })
+      : Effect.tap(
+        answering(jobs, { bad: "22P02", there: "23505", "too much": "54000" }),
+        () => Effect.sync(() => void carried.payloads.push(notification))
+      )
   const insert = (jobs: ReadonlyArray<Store.NewJob>) =>
     Effect.suspend(() => {
       again.push(jobs.map(({ payload }) => payload))
@@ -44,13 +45,13 @@ const entrance = Effect.gen(function*() {
     })
   const enqueue = yield* Grouping.make({
     // Sound: jobs without a key are inserted, no more.
-    store: { insert, insertNew, insertTelling } as unknown as Store.Store,
-    along: ({ payload }) => along.allowed ? `news of ${payload}` : undefined,
-    wentAlong: () => void along.took++,
+    store: { insert, insertNew } as unknown as Store.Store,
+    withInsert: ({ payload }) =>
+      carried.allowed ? { payload: `news of ${payload}`, done: () => void carried.done++ } : undefined,
     onEnqueued: (jobs) => told.push(jobs.map(({ payload }) => payload).join(" "))
   })
   const answer = Effect.suspend(() => Deferred.succeed(open.shift()!, undefined))
-  return { enqueue, sent, again, told, along, answer }
+  return { enqueue, sent, again, told, carried, answer }
 })
 
 const start = <A, E, R>(effect: Effect.Effect<A, E, R>) => Effect.forkChild(effect, { startImmediately: true })
@@ -203,19 +204,19 @@ describe("an enqueue", () => {
 
   it.live("announces itself when it is alone and may, and is announced when it could not", () =>
     Effect.gen(function*() {
-      const { along, answer, enqueue, sent, told } = yield* entrance
-      along.allowed = true
+      const { answer, carried, enqueue, sent, told } = yield* entrance
+      carried.allowed = true
       const alone = yield* start(enqueue(jobOf("1")))
       yield* microtasks
       const together = yield* Effect.forEach(["2", "3"], (payload) => start(enqueue(jobOf(payload))))
       yield* microtasks
       yield* answer
       yield* Fiber.join(alone)
-      assert.deepStrictEqual([along.told, told], [["news of 1"], []])
+      assert.deepStrictEqual([carried.payloads, told], [["news of 1"], []])
       yield* microtasks
       yield* answer
       yield* Effect.forEach(together, Fiber.join)
-      assert.deepStrictEqual([along.told, told, along.took], [["news of 1"], ["2 3"], 1])
+      assert.deepStrictEqual([carried.payloads, told, carried.done], [["news of 1"], ["2 3"], 1])
       assert.deepStrictEqual(sent, [["1"], ["2", "3"]])
 
       for (const payload of ["too much", "there"]) {
@@ -227,6 +228,6 @@ describe("an enqueue", () => {
         assert.propertyVal(yield* Fiber.join(fiber), "status", "inserted")
         assert.strictEqual(told.at(-1), payload)
       }
-      assert.deepStrictEqual([along.told, along.took], [["news of 1"], 1])
+      assert.deepStrictEqual([carried.payloads, carried.done], [["news of 1"], 3])
     }))
 })

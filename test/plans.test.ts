@@ -316,35 +316,22 @@ const look = Effect.fnUntraced(function*(at: Filled) {
 
 /** Looks at the plans that a session keeps: look-ups whatever the tables were like when they were made, empty or not. */
 const lookOnce = Effect.fnUntraced(function*(at: Filled) {
-  const {
-    claim,
-    complete,
-    expireKeys,
-    finish,
-    forget,
-    holders,
-    insert,
-    insertNew,
-    insertOne,
-    insertUnique,
-    replace,
-    settle
-  } = at.store.texts
-  const texts = {
-    claim,
-    complete,
-    expireKeys,
-    finish,
-    forget,
-    holders,
-    insert,
-    insertNew,
-    insertOne,
-    insertUnique,
-    replace,
-    settle
-  }
-  for (const [name, text] of Object.entries(texts)) {
+  const names = [
+    "claim",
+    "complete",
+    "completeForgotten",
+    "completeKept",
+    "expireKeys",
+    "holders",
+    "insert",
+    "insertNew",
+    "insertNewOne",
+    "insertUnique",
+    "replace",
+    "settle"
+  ] as const
+  for (const name of names) {
+    const text = at.store.texts[name]
     const nodes = nodesOf(yield* at.explainOnce(text))
     for (const node of nodes) {
       const table = node["Relation Name"]
@@ -365,7 +352,7 @@ const lookOnce = Effect.fnUntraced(function*(at: Filled) {
         )
       }
     }
-    if (/^(settle|complete|finish|forget)/.test(name)) {
+    if (/^(settle|complete)/.test(name)) {
       const texts = nodes.flatMap((node) => [...(node.Output ?? []), node.Filter ?? ""])
       assert.isNotEmpty(
         texts.filter((text) => /hashed SubPlan/.test(text)),
@@ -557,15 +544,16 @@ const bounded = Effect.fnUntraced(function*(at: Filled, fresh: boolean) {
   // One probe of the line for each job.
   assert.isBelow(yield* reading(at.store.texts.audit, [firstId, 5000]), 50_000, "buffers of an audit of 5 000")
 
-  const { finish, forget, settle } = at.store.texts
+  const { completeForgotten, completeKept, settle } = at.store.texts
   const completed = (entries: ReadonlyArray<Settlement.Entry>) =>
     entries.map(({ id, lease }) => entry(lease, id, "completed"))
   const settles: Record<string, (entries: ReadonlyArray<Settlement.Entry>) => Effect.Effect<Plan, unknown>> = {
     "settle, planned each time": (entries) => analyzed(settle, Settlement.columnsOf(at.me, entries)),
     "settle, planned once": (entries) => analyzedOnce(settle, Settlement.columnsOf(at.me, entries)),
-    "finish, planned once": (entries) =>
-      analyzedOnce(finish, Settlement.finishedColumnsOf(at.me, completed(entries), "", undefined)),
-    "forget, planned once": (entries) => analyzedOnce(forget, Settlement.forgottenColumnsOf(completed(entries)))
+    "completeKept, planned once": (entries) =>
+      analyzedOnce(completeKept, Settlement.keptColumnsOf(at.me, completed(entries), "", undefined)),
+    "completeForgotten, planned once": (entries) =>
+      analyzedOnce(completeForgotten, Settlement.forgottenColumnsOf(completed(entries)))
   }
   for (const [name, explained] of Object.entries(settles)) {
     const measured = Effect.fnUntraced(function*(count: number) {

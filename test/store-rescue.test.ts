@@ -65,8 +65,7 @@ layer(Storage.layer, { excludeTestServices: true })("rescue", (it) => {
       for (const { worker } of held) yield* bury(worker)
       const deaf: Wakeup.Wakeup = {
         mark: () => {},
-        along: () => undefined,
-        wentAlong: () => {},
+        withInsert: () => undefined,
         tell: () => {},
         tellHere: () => {},
         scheduled: () => {},

@@ -60,7 +60,7 @@ layer(Storage.layer, { excludeTestServices: true })("shortcuts", (it) => {
         for (
           const alone of [
             (job: Store.NewJob) => store.insertNew([job]),
-            (job: Store.NewJob) => store.insertTelling(job, "x")
+            (job: Store.NewJob) => store.insertNew([job], "x")
           ]
         ) {
           yield* query("truncate pgqueue.job, pgqueue.ready")
@@ -84,7 +84,7 @@ layer(Storage.layer, { excludeTestServices: true })("shortcuts", (it) => {
           const insert of [
             store.insertNew([job(), known, job()]),
             store.insertNew([known]),
-            store.insertTelling(known, "x")
+            store.insertNew([known], "x")
           ]
         ) {
           const error = yield* Effect.flip(insert)

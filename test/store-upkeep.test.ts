@@ -43,8 +43,7 @@ const hearing = () => {
   const words: Array<string> = []
   const wakeup: Wakeup.Wakeup = {
     mark: (queue) => words.push(`due ${queue}`),
-    along: () => undefined,
-    wentAlong: () => {},
+    withInsert: () => undefined,
     tell: (news, id) => words.push(`${news} ${id}`),
     tellHere: (news, id) => words.push(`${news} ${id}`),
     scheduled: () => {},

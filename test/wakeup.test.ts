@@ -91,22 +91,24 @@ describe("an insert", () => {
   it.live("announces its job where nobody here works the queue, nothing else is to be said, and not too often", () =>
     Effect.scoped(Effect.gen(function*() {
       const { announced, wakeup } = yield* database
-      assert.strictEqual(wakeup.along("mail", 0.2), "1 mail")
-      assert.isUndefined(wakeup.along("mail", 60_000))
+      assert.strictEqual(wakeup.withInsert("mail", 0.2)?.payload, "1 mail")
+      assert.isUndefined(wakeup.withInsert("mail", 60_000))
       yield* Effect.scoped(Effect.gen(function*() {
         yield* wakeup.subscribe({ ...Wakeup.deaf, works: (queue) => queue === "mail" })
-        assert.isUndefined(wakeup.along("mail", 0))
-        assert.strictEqual(wakeup.along("default", 0), "0 default")
+        assert.isUndefined(wakeup.withInsert("mail", 0))
+        assert.strictEqual(wakeup.withInsert("default", 0)?.payload, "0 default")
       }))
       const marked = () => {
         wakeup.mark("default", 0)
-        return wakeup.along("mail", 0)
+        return wakeup.withInsert("mail", 0)
       }
       assert.isUndefined(yield* inOneTurn(() => {}, marked))
       yield* Effect.sleep(20)
       assert.deepStrictEqual(announced, [["0 default"]])
       const begun = performance.now()
-      const through = Array.from({ length: 1000 }, () => wakeup.along("mail", 0)).filter((news) => news !== undefined)
+      const through = Array.from({ length: 1000 }, () => wakeup.withInsert("mail", 0)).filter((news) =>
+        news !== undefined
+      )
       assert.isAtMost(through.length, 20 + Math.ceil((performance.now() - begun) / 4))
       assert.isAtLeast(through.length, 10)
     })))
@@ -114,10 +116,15 @@ describe("an insert", () => {
   it.live("does not, for a while after three that were slow", () =>
     Effect.scoped(Effect.gen(function*() {
       const { wakeup } = yield* database
-      for (const took of [30, 30, 3, 30, 30]) wakeup.wentAlong(took)
-      assert.isDefined(wakeup.along("mail", 0))
-      wakeup.wentAlong(30)
-      assert.isUndefined(wakeup.along("mail", 0))
+      /** Whether one that takes so many milliseconds is let through, and done when that is over. */
+      const insert = Effect.fnUntraced(function*(millis: number) {
+        const announcement = wakeup.withInsert("mail", 0)
+        yield* Effect.sleep(millis)
+        announcement?.done()
+        return announcement !== undefined
+      })
+      const all = yield* Effect.forEach([20, 20, 0, 20, 20, 0, 20, 20, 20, 0], insert)
+      assert.deepStrictEqual(all, [...Array.from({ length: 9 }, () => true), false])
     })))
 })
 

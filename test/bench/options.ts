@@ -7,7 +7,7 @@ export const help = `npm run bench -- [options]
 
   --peers    ${names.join(",")} (default: all there is)
   --modes    sequential,concurrent,bulk,drain,memory,latency,mixed,startup,idle,backlog,held,payload,many
-             (default: all; the name of a single case, as in modes.ts, will do, too)
+             (default: all; other names of modes and cases, as in modes.ts, will do, too)
   --rounds   how often each is measured, in turn (default 3)
   --scale    0.01 for a hundredth of the jobs and seconds, to try it out (default 1)
   --out      a folder for results.json, table.md and chart.svg (default test/bench/results)

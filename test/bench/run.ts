@@ -100,13 +100,13 @@ const main = async () => {
   }
   if (options.render) return render(JSON.parse(await readFile(file, "utf8")))
 
+  const stranger = options.modes.find((mode) => !cases.some((one) => one.name === mode || one.modes.includes(mode)))
+  if (stranger !== undefined) throw new Error(`there is no mode "${stranger}"\n\n${Options.help}`)
   build()
   if (options["cpu-prof"] !== undefined) process.env["BENCH_CPU_PROF"] = resolve(options["cpu-prof"])
   // Whoever starts servers stops them when the process exits.
   for (const signal of ["SIGINT", "SIGTERM"] as const) process.once(signal, () => process.exit(130))
 
-  const stranger = options.modes.find((mode) => !cases.some((one) => one.name === mode || one.modes.includes(mode)))
-  if (stranger !== undefined) throw new Error(`there is no mode "${stranger}"\n\n${Options.help}`)
   const chosen = cases.filter(({ modes, name }) =>
     options.modes.length === 0 || options.modes.some((mode) => mode === name || modes.includes(mode))
   )

@@ -1,4 +1,4 @@
-/** What the queue is to reach, as a ratio to another queue or another row, or as such. */
+/** What the queue aims at, and a run says whether it has reached: as a ratio to another queue or another row, or as such. */
 import type { Name } from "./peer.ts"
 
 /** A bound for a value of ours. */
