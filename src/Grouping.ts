@@ -223,8 +223,9 @@ export const make = Effect.fnUntraced(function*(options: {
       const announcement = jobs.length === 1 ? options.withInsert(jobs[0]!) : undefined
       const sent = plainly(jobs, undefined, announcement)
       if (announcement === undefined) return sent
-      // A session that listens and does nothing has filled the server's queue of notifications.
-      return Effect.catchIf(sent, Database.isFullOfNews, () => plainly(jobs, undefined))
+      // A stranger's NOTIFY is being committed, or a session that listens and does nothing has filled the server's queue.
+      const refused = (error: SqlError) => Database.isLockTimeout(error) || Database.isFullOfNews(error)
+      return Effect.catchIf(sent, refused, () => plainly(jobs, undefined))
     })
   const keyed: Send = (jobs, patience) =>
     answered(UniqueKeys.insertKeyed(options.store, jobs, { inUserTransaction: false, patience }))

@@ -252,7 +252,7 @@ export const make = (db: Database.Database, schema: string) => {
     /**
      * Inserts jobs without a unique key whose ids were made for them, all or none. May fail with an error that `isReplay`
      * tells when one of them is there or has been: then they are to be inserted with `insert`. One job can carry a
-     * notification; when the server takes no more of these it fails with what `isFullOfNews` tells.
+     * notification; when the server does not take it, it fails with what `isFullOfNews` and `isLockTimeout` tell.
      */
     insertNew: (jobs: ReadonlyArray<Insertion.NewJob>, notification = ""): Effect.Effect<void, SqlError> =>
       Effect.suspend(() =>

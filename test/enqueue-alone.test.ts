@@ -1,12 +1,12 @@
 /** A job that comes alone is announced by the statement that inserts it, and one that cannot be is no less enqueued. */
 import { PgClient } from "@effect/sql-pg"
 import { assert, describe, it } from "@effect/vitest"
-import { Context, Effect, Exit, Layer, Queue, Schema } from "effect"
+import { Context, Duration, Effect, Exit, Layer, Queue, Schema } from "effect"
 import { SqlClient } from "effect/sql"
 import * as Database from "../src/Database.ts"
 import { Job, Worker } from "../src/index.ts"
 import { clientLayer, ownServer } from "./support/database.ts"
-import { assertRows, rows, running, value, withQueue } from "./support/queue.ts"
+import { assertRows, rows, running, until, value, withQueue } from "./support/queue.ts"
 
 class Note extends Job.make("note", { payload: { n: Schema.Int } }) {}
 
@@ -57,6 +57,43 @@ describe("an enqueue", () => {
           yield* session.executeUnprepared("rollback", [], undefined)
         }),
         { serverUrl: server.url }
+      )
+    })))
+
+  it.live("does not wait for a stranger whose NOTIFY is being committed, and is not announced that way again", () =>
+    Effect.scoped(Effect.gen(function*() {
+      const server = yield* ownServer({ version: "18" })
+      yield* withQueue(
+        Effect.gen(function*() {
+          // The stranger waits for a standby that is not there, and NOTIFY has one lock for all databases of a server.
+          yield* rows(
+            `create function stranger() returns void language plpgsql as $$ begin
+               perform set_config('synchronous_commit', 'on', true), pg_notify('strangers', 'x');
+               insert into public.strangers values (1);
+             end $$`
+          )
+          yield* rows("create table public.strangers (n int)")
+          // A sequence counts what is rolled back, too.
+          yield* rows("create sequence public.tries")
+          yield* rows(
+            `create function counted() returns trigger language plpgsql as $$ begin perform nextval('public.tries'); return null; end $$`
+          )
+          yield* rows("create trigger counted before insert on pgqueue.job execute function counted()")
+          yield* rows("alter system set synchronous_standby_names = 'nobody'")
+          yield* rows("select pg_reload_conf()")
+          // Not all processes of the server have heard of it yet: again, until one waits.
+          yield* Effect.forkScoped(Effect.forever(rows("select stranger()::text")))
+          const waits = "select count(*)::int from pg_stat_activity where wait_event = 'SyncRep'"
+          yield* until("the stranger waits", Effect.map(value(waits), (count) => count === 1))
+          const times = yield* Effect.forEach([1, 2, 3, 4, 5], (n) => Effect.timed(Note.enqueue({ n })))
+          assert.isBelow(Math.max(...times.map(([took]) => Duration.toMillis(took))), 1000)
+          assert.strictEqual(yield* value("select count(*)::int from pgqueue.ready"), 5)
+          // Who goes by itself goes after what could not be said: the first was tried twice, no other.
+          assert.strictEqual(yield* value("select last_value::int from public.tries"), 6)
+        }).pipe(Effect.ensuring(Effect.orDie(
+          Effect.andThen(rows("alter system reset synchronous_standby_names"), rows("select pg_reload_conf()"))
+        ))),
+        { serverUrl: server.url, pool: { startupParameters: { synchronous_commit: "local" } } }
       )
     })))
 })
