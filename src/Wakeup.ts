@@ -92,9 +92,9 @@ const mostAtOnce = 20
  * it, they wait for each other. So many inserts in a row that took so many milliseconds, the wait for a connection included,
  * are a sign of that, or of a slow disk; then none carries a NOTIFY for a while, in milliseconds.
  */
-const slowInsert = 10
+const slowInsert = 2
 const slowInARow = 3
-const apartFor = 10_000
+const apartFor = 2000
 
 /** How long the end of a process waits for what is still to be announced, in milliseconds. */
 const lastWord = 300
