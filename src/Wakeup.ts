@@ -60,8 +60,8 @@ export interface Wakeup {
   /** Announces that a queue has something due in `delay` milliseconds. Returns at once and never fails. */
   readonly mark: (queue: string, delay: number) => void
   /**
-   * Takes a round of NOTIFY for the insert of a job that comes alone, which carries it and spares those who hear it a round
-   * trip. `undefined`: the queue is to be marked once the job is in.
+   * Lets the insert of a job that comes alone carry its NOTIFY, which spares those who hear it a round trip. `undefined`:
+   * the queue is to be marked once the job is in.
    */
   readonly withInsert: (queue: string, delay: number) => Announcement | undefined
   /** Announces that something has happened to a job that somebody has to know of. Returns at once and never fails. */
@@ -86,6 +86,12 @@ const scheduleWritten = "schedule"
  */
 const roundEvery = 4
 const mostAtOnce = 20
+
+/**
+ * An insert carries its NOTIFY after so many milliseconds in which this process has enqueued nothing. Where one enqueue
+ * follows the other they do not: the round trip that it spares who hears it is not worth the lock.
+ */
+const lull = 1
 
 /**
  * NOTIFY holds a lock that all databases of the server share until its commit is on disk: where many processes insert with
@@ -115,14 +121,8 @@ export const make = Effect.fnUntraced(function*(db: Database.Database, schema: s
   const pending = Latch.makeUnsafe(false)
   /** Closed from a mark on until it has been announced. */
   const silent = Latch.makeUnsafe(true)
-  let saved = mostAtOnce
-  let savedAt = now()
-  const available = (at: number): number => Math.min(mostAtOnce, saved + (at - savedAt) / roundEvery)
-  /** Takes one round; may leave less than none, which is owed. */
-  const spend = (at: number): void => {
-    saved = available(at) - 1
-    savedAt = at
-  }
+  /** When this process last had something to announce; later than any time while an insert carries it. */
+  let quietSince = -Infinity
   let slow = 0
   let apartUntil = -Infinity
 
@@ -131,6 +131,7 @@ export const make = Effect.fnUntraced(function*(db: Database.Database, schema: s
 
   const mark = (queue: string, delay: number): void => {
     for (const listener of listeners) listener.onDue(queue, delay)
+    quietSince = now()
     if (delay > horizon) return
     const known = dirty.get(queue)
     if (known === undefined || delay < known) dirty.set(queue, delay)
@@ -140,16 +141,17 @@ export const make = Effect.fnUntraced(function*(db: Database.Database, schema: s
 
   const withInsert = (queue: string, delay: number): Announcement | undefined => {
     const at = now()
-    if (db.connect === undefined || delay > horizon || at < apartUntil || available(at) < 1) return undefined
+    if (db.connect === undefined || delay > horizon || at < apartUntil || at < quietSince + lull) return undefined
     // A round is about to go, and this one goes with it.
     if (dirty.size > 0) return undefined
     // Who is here is told sooner by a mark than by any NOTIFY.
     for (const listener of listeners) if (listener.works(queue)) return undefined
-    spend(at)
+    quietSince = Infinity
     return {
       payload: payloadOf(queue, delay),
       done: () => {
         const end = now()
+        quietSince = end
         slow = end - at < slowInsert ? 0 : slow + 1
         if (slow < slowInARow) return
         slow = 0
@@ -194,6 +196,8 @@ export const make = Effect.fnUntraced(function*(db: Database.Database, schema: s
         // Before there is anything to say: what is said first must not wait for a connection.
         const session = yield* connect
         ownProcess = session.processId
+        let saved = mostAtOnce
+        let at = now()
         while (true) {
           yield* pending.await
           // What is marked together is said together, and costs one round.
@@ -201,7 +205,9 @@ export const make = Effect.fnUntraced(function*(db: Database.Database, schema: s
           pending.closeUnsafe()
           const round = [...dirty]
           dirty.clear()
-          spend(now())
+          const before = at
+          at = now()
+          saved = Math.min(mostAtOnce, saved + (at - before) / roundEvery) - 1
           const news = [...told]
           told.clear()
           const payloads = [...round.map(([queue, delay]) => payloadOf(queue, delay)), ...news]

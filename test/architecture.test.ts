@@ -90,6 +90,7 @@ interface Rule {
 
 const sqlFiles = [
   "Store.ts",
+  "Claim.ts",
   "Insertion.ts",
   "Settlement.ts",
   "Inspection.ts",

@@ -20,6 +20,8 @@ const eavesdrop = Effect.gen(function*() {
   return Effect.gen(function*() {
     const { payload, processId } = yield* Queue.take(heard)
     const said = yield* value<string>("select query from pg_stat_activity where pid = $1::int4", [processId])
+    // The next one comes alone.
+    yield* Effect.sleep(5)
     return [payload, said.includes("insert into") ? "insert" : "notify"]
   })
 })
