@@ -98,7 +98,7 @@ const lull = 1
  * it, they wait for each other. So many inserts in a row that took so many milliseconds, the wait for a connection included,
  * are a sign of that, or of a slow disk; then none carries a NOTIFY for a while, in milliseconds.
  */
-const slowInsert = 2
+const slowInsert = 5
 const slowInARow = 3
 const apartFor = 2000
 
