@@ -77,7 +77,8 @@ describe("a worker that loses sessions", () => {
             Layer.provide(Layer.succeedContext(other))
           )
         )
-        yield* Note.enqueue({ n: 0 })
+        // A bulk is announced by that session, a job that comes alone by its own insert.
+        yield* Note.enqueueAll([{ n: 0 }])
         yield* started(1, 10_000)
         for (let n = 1; n <= 2; n++) {
           const cut = yield* until(
@@ -85,14 +86,14 @@ describe("a worker that loses sessions", () => {
             Effect.map(
               value(
                 `select count(pg_terminate_backend(pid))::int from pg_stat_activity
-                 where datname = current_database() and application_name = 'producer' and query like '%pg_notify%'`
+                 where datname = current_database() and application_name = 'producer' and query like 'select pg_notify%'`
               ),
               (count) => count > 0
             )
           )
           assert.isBelow(cut, 20_000)
           yield* Effect.sleep(300)
-          yield* Note.enqueue({ n })
+          yield* Note.enqueueAll([{ n }])
           yield* started(n + 1, 10_000)
         }
       }),
