@@ -510,8 +510,9 @@ const bounded = Effect.fnUntraced(function*(at: Filled, fresh: boolean) {
   const analyzedOnce = (text: string, params: ReadonlyArray<unknown>) =>
     at.explainOnce(text, params, "analyze, buffers, timing off")
   for (const explained of [analyzed, analyzedOnce]) {
-    const claim = yield* explained(at.store.texts.claim, at.claimParams(["k"]))
-    assert.isBelow(reads(claim), 8000, "buffers of a claim of 100")
+    // Whatever changes the catalog meanwhile has it read again, so the least of three.
+    const claims = [1, 2, 3].map(() => Effect.map(explained(at.store.texts.claim, at.claimParams(["k"])), reads))
+    assert.isBelow(Math.min(...(yield* Effect.all(claims))), 8000, "buffers of a claim of 100")
   }
   const look = yield* analyzed(at.store.texts.look, [["default", "nothing"], at.lanes, ["10000000000000", "20"]])
   // A few pages a probe, and one for each row that the claims above have left dead at the front, where no vacuum has been:

@@ -223,7 +223,11 @@ describe("what is stored", () => {
       if (Result.isFailure(ticks)) return
       let expected = now
       const seen = Array.from({ length: 5 }, () => (expected = Cron.next(cron, expected).getTime()))
-      assert.deepStrictEqual(iso(Ticks.between(ticks.success, now, Infinity, 5)), iso(seen))
+      // Ten years without a tick are its end: a 24 August that is a Saturday is eleven years after the last one.
+      const tenYears = 3653 * 86_400_000
+      const end = seen.findIndex((tick, n) => tick - (seen[n - 1] ?? now) > tenYears)
+      const within = end < 0 ? seen : seen.slice(0, end)
+      assert.deepStrictEqual(iso(Ticks.between(ticks.success, now, Infinity, 5)), iso(within))
     }))
   })
 
