@@ -93,6 +93,17 @@ export const keyedColumnsOf = (jobs: ReadonlyArray<NewJob>, patience?: number): 
 /** How long an insert waits for the lock of NOTIFY, in milliseconds. */
 const notifyPatience = 20
 
+const jobColumns =
+  "id, kind, queue, priority, run_at, scheduled_for, max_attempts, timeout_ms, payload, metadata, trace, awaited, enqueued_at"
+
+/**
+ * When a job is due, and never before now. `delay` and `runAt` are texts: who asks for a time has no delay, and says so with
+ * a `runAt` that is not empty.
+ */
+const dueAt = (now: string, delay: string, runAt: string): string =>
+  `greatest(${now}, case when ${runAt} = '' then ${now} + ${delay}::float8 * interval '1 millisecond'
+    else timestamptz 'epoch' + nullif(${runAt}, '')::float8 * interval '1 millisecond' end)`
+
 /**
  * Builds the statements for one quoted schema.
  */
@@ -108,9 +119,9 @@ export const statements = (s: string) => {
       select ${
       keyed ? "distinct on (i.id) " : ""
     }i.id, i.kind, i.queue, i.priority, i.max_attempts, nullif(i.timeout_ms, '')::int8 as timeout_ms, i.payload,
-        i.metadata, nullif(i.trace, '') as trace, i.awaited <> '' as awaited, clock.now as enqueued_at, greatest(clock.now,
-          case when i.run_at = '' then clock.now + i.delay::float8 * interval '1 millisecond'
-          else timestamptz 'epoch' + i.run_at::float8 * interval '1 millisecond' end) as run_at${extraColumns}
+        i.metadata, nullif(i.trace, '') as trace, i.awaited <> '' as awaited, clock.now as enqueued_at, ${
+      dueAt("clock.now", "i.delay", "i.run_at")
+    } as run_at${extraColumns}
       from clock, unnest($1::uuid[], $2::text[], $3::text[], $4::int2[], $5::text[], $6::text[], $7::int4[], $8::text[],
         $9::json[], $10::json[], $11::text[], $12::text[]${keyed ? ", $14::text[], $15::text[], $16::text[]" : ""})
         as i(id, kind, queue, priority, delay, run_at, max_attempts, timeout_ms, payload, metadata, trace, awaited${
@@ -123,7 +134,7 @@ export const statements = (s: string) => {
   // The last look into `finished` has a newer snapshot and refuses what the first one could not see yet.
   const insertion = (from: string, key: string, expected: string) =>
     `inserted as (
-      insert into ${s}.job (id, kind, queue, priority, run_at, scheduled_for, max_attempts, timeout_ms, payload, metadata, trace, awaited, enqueued_at, unique_key)
+      insert into ${s}.job (${jobColumns}, unique_key)
       select id, kind, queue, priority, run_at, run_at, max_attempts, timeout_ms, payload, metadata, trace, awaited, enqueued_at, ${key} from ${from}
       on conflict (id) do nothing returning id, queue, priority, run_at, kind
     ), line as (
@@ -136,12 +147,11 @@ export const statements = (s: string) => {
   const insert = `with ${input("", false)}, ${insertion("input", "null", "0")}`
 
   // Jobs whose ids were made for this very statement, in the queue's own sessions, whose settings `refuse_ended` relies on.
-  // Neither looked for
-  // beforehand nor guarded against a conflict, which is a third of the work (12 us a job instead of 18). Sent again after
-  // its answer was lost it fails, with 23505, or with what the last look raises when the job has ended meanwhile; then
-  // `insert` is to be sent. A column of which there is only one value has it for all rows.
+  // Neither looked for beforehand nor guarded against a conflict, which is a third of the work (12 us a job instead of 18).
+  // Sent again after its answer was lost it fails, with 23505, or with what the last look raises when the job has ended
+  // meanwhile; then `insert` is to be sent. A column of which there is only one value has it for all rows.
   const insertNew = `with clock as materialized (select pg_catalog.clock_timestamp() as now), inserted as (
-      insert into ${s}.job (id, kind, queue, priority, run_at, scheduled_for, max_attempts, timeout_ms, payload, metadata, trace, awaited, enqueued_at)
+      insert into ${s}.job (${jobColumns})
       select i.id, i.kind, i.queue, i.priority, i.run_at, i.run_at, i.max_attempts, i.timeout_ms, i.payload, i.metadata, i.trace, i.awaited, i.now
       from (
         select i.id, coalesce(i.kind, ($2::text[])[1]) as kind, coalesce(i.queue, ($3::text[])[1]) as queue,
@@ -149,9 +159,7 @@ export const statements = (s: string) => {
           nullif(coalesce(i.timeout_ms, ($8::text[])[1]), '')::int8 as timeout_ms, i.payload,
           coalesce(i.metadata, ($10::json[])[1]) as metadata, nullif(coalesce(i.trace, ($11::text[])[1]), '') as trace,
           coalesce(i.awaited, ($12::text[])[1]) <> '' as awaited, c.now,
-          greatest(c.now, case when coalesce(i.run_at, ($6::text[])[1]) = ''
-            then c.now + coalesce(i.delay, ($5::text[])[1])::float8 * interval '1 millisecond'
-            else timestamptz 'epoch' + coalesce(i.run_at, ($6::text[])[1])::float8 * interval '1 millisecond' end) as run_at
+          ${dueAt("c.now", "coalesce(i.delay, ($5::text[])[1])", "coalesce(i.run_at, ($6::text[])[1])")} as run_at
         from clock c, unnest($1::uuid[], $2::text[], $3::text[], $4::int2[], $5::text[], $6::text[], $7::int4[], $8::text[],
           $9::json[], $10::json[], $11::text[], $12::text[])
           as i(id, kind, queue, priority, delay, run_at, max_attempts, timeout_ms, payload, metadata, trace, awaited)
@@ -167,12 +175,11 @@ export const statements = (s: string) => {
   // answer). It carries a notification when there is one, and fails with 55P03 rather than wait for the commit of a stranger's:
   // the lock of NOTIFY is one for all databases of the server.
   const insertNewOne = `with inserted as (
-      insert into ${s}.job (id, kind, queue, priority, run_at, scheduled_for, max_attempts, timeout_ms, payload, metadata, trace, awaited, enqueued_at)
+      insert into ${s}.job (${jobColumns})
       select $1::uuid, $2::text, $3::text, $4::int2, due.at, due.at, $7::int4, nullif($8::text, '')::int8, $9::json, $10::json, nullif($11::text, ''),
         $12::text <> '', clock.now
       from (select pg_catalog.clock_timestamp() as now offset 0) clock, lateral (
-        select greatest(clock.now, case when $6::text = '' then clock.now + $5::float8 * interval '1 millisecond'
-          else timestamptz 'epoch' + $6::text::float8 * interval '1 millisecond' end) as at offset 0
+        select ${dueAt("clock.now", "$5::text", "$6::text")} as at offset 0
       ) due
       returning run_at
     ), line as (
@@ -225,9 +232,7 @@ export const statements = (s: string) => {
         payload = $7::json, metadata = $8::json, trace = nullif($9::text, ''), progress = null, awaited = j.awaited or $14::text <> '',
         run_at = case when $10::text = 'replace' then j.run_at else due.at end,
         scheduled_for = case when $10::text = 'replace' then j.scheduled_for else due.at end
-      from gone, held h, (select greatest(pg_catalog.clock_timestamp(),
-          case when $12::text = '' then pg_catalog.clock_timestamp() + $11::float8 * interval '1 millisecond'
-          else timestamptz 'epoch' + nullif($12::text, '')::float8 * interval '1 millisecond' end) as at) due
+      from gone, held h, (select ${dueAt("pg_catalog.clock_timestamp()", "$11::text", "$12::text")} as at) due
       where j.id = $1::uuid and h.id = j.id
       returning j.id, j.kind, j.queue, j.priority + h.suspect as lane, j.run_at, j.attempt, j.unique_key
     ), prolonged as (

@@ -464,17 +464,10 @@ export const start = Effect.fnUntraced(function*(options: {
     ]),
     false
   )
-  const { rescueInterval } = options
   yield* Bounded.fork(Tasks.loops({
     store,
     wakeup,
-    intervals: {
-      ...Tasks.defaults,
-      rescue: rescueInterval,
-      parking: rescueInterval,
-      // Nothing waits for it, and six statements each 15 s were a third of all that an idle process sends.
-      audit: 4 * rescueInterval
-    },
+    intervals: Tasks.intervals(options.rescueInterval),
     standing: liveness.standing,
     stopping: () => stopping
   }))

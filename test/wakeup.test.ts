@@ -1,7 +1,7 @@
 /** When others are told, and when who listens hears of it. The sessions are stubs. */
 import type * as PgConnection from "@effect/sql-pg/PgConnection"
 import { assert, describe, it } from "@effect/vitest"
-import { Effect, Queue } from "effect"
+import { Clock, Effect, Queue } from "effect"
 import type { SqlError } from "effect/sql/SqlError"
 import type * as Database from "../src/Database.ts"
 import * as Wakeup from "../src/Wakeup.ts"
@@ -34,6 +34,15 @@ const database = Effect.gen(function*() {
   yield* Effect.sleep(20)
   const notify = (payload: string) => Queue.offerUnsafe(notifications!, { processId: 99, channel: "c", payload })
   return { wakeup, announced, sessions, notify }
+})
+
+/** A monotonic clock that stands still until it is moved. */
+const stoppedClock = Effect.map(Clock.Clock, (real) => {
+  let millis = 1000
+  const clock = Object.assign(Object.create(real) as Clock.Clock, {
+    monotonicTimeNanosUnsafe: () => BigInt(millis * 1_000_000)
+  })
+  return { clock, pass: (time: number) => void (millis += time) }
 })
 
 /** Runs something in a turn of the event loop, and returns what has come of it when the next one begins. */
@@ -90,42 +99,45 @@ describe("a mark", () => {
 describe("an insert", () => {
   it.live("announces its job where nobody here works the queue, and nothing was enqueued a moment ago", () =>
     Effect.scoped(Effect.gen(function*() {
-      const { announced, wakeup } = yield* database
-      const lull = Effect.sleep(5)
+      const { clock, pass } = yield* stoppedClock
+      const { announced, wakeup } = yield* Effect.provideService(database, Clock.Clock, clock)
       assert.isUndefined(wakeup.withInsert("mail", 60_000))
       const first = wakeup.withInsert("mail", 0.2)
       assert.strictEqual(first?.payload, "1 mail")
-      yield* lull
+      pass(5)
       // Not while another is on its way, nor right after it.
       assert.isUndefined(wakeup.withInsert("mail", 0))
       first?.done()
       assert.isUndefined(wakeup.withInsert("mail", 0))
-      yield* lull
+      pass(5)
       yield* Effect.scoped(Effect.gen(function*() {
         yield* wakeup.subscribe({ ...Wakeup.deaf, works: (queue) => queue === "mail" })
         assert.isUndefined(wakeup.withInsert("mail", 0))
         assert.strictEqual(wakeup.withInsert("default", 0)?.payload, "0 default")
       }))
-      wakeup.mark("default", 0)
+      const wakes = () => wakeup.mark("default", 0)
+      assert.deepStrictEqual(yield* inOneTurn(wakes, () => [...announced]), [["0 default"]])
       assert.isUndefined(wakeup.withInsert("mail", 0))
-      yield* lull
-      assert.deepStrictEqual(announced, [["0 default"]])
+      pass(5)
       assert.isDefined(wakeup.withInsert("mail", 0))
     })))
 
   it.live("does not, for a while after three that were slow", () =>
     Effect.scoped(Effect.gen(function*() {
-      const { wakeup } = yield* database
-      /** Whether one that takes so many milliseconds is let through, and done when that is over. */
-      const insert = Effect.fnUntraced(function*(millis: number) {
+      const { clock, pass } = yield* stoppedClock
+      const { wakeup } = yield* Effect.provideService(database, Clock.Clock, clock)
+      /** Whether one that takes so many milliseconds is let through. */
+      const insert = (millis: number) => {
         const announcement = wakeup.withInsert("mail", 0)
-        yield* Effect.sleep(millis)
+        pass(millis)
         announcement?.done()
-        yield* Effect.sleep(5)
+        pass(5)
         return announcement !== undefined
-      })
-      const all = yield* Effect.forEach([20, 20, 0, 20, 20, 0, 20, 20, 20, 0], insert)
-      assert.deepStrictEqual(all, [...Array.from({ length: 9 }, () => true), false])
+      }
+      assert.deepStrictEqual([20, 20, 0, 20, 20, 0, 20, 20, 20].map(insert), Array.from({ length: 9 }, () => true))
+      assert.isFalse(insert(0))
+      pass(2000)
+      assert.isTrue(insert(0))
     })))
 })
 
