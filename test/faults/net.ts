@@ -1,0 +1,298 @@
+/** The network between processes and PostgreSQL, as a TCP proxy that can be slow, narrow, deaf, dead or rude. */
+import { Effect, type Scope } from "effect"
+import { connect, createServer, type Socket } from "node:net"
+import { endsAnswer, readRequests, type Request } from "../support/wire.ts"
+
+/** Which sessions: those of a process, those that have sent a text (a prepared statement is sent once), or all. */
+export interface Which {
+  /** What `application_name` begins with. */
+  readonly process?: string
+  readonly sent?: string
+}
+
+/** A point in the life of one request. */
+export interface Cut {
+  /** Part of the statement's text. */
+  readonly text: string
+  /** Part of its parameters, as they are sent. */
+  readonly param?: string
+  readonly process?: string
+  /** The first such request, or a later one. */
+  readonly nth?: number
+  /** The request never arrives (`lost`), arrives while its session ends (`sent`), or is answered and the answer is lost. */
+  readonly at: "lost" | "sent" | "answered"
+}
+
+/** What can be done to the network. What has a scope ends with it. */
+export interface Net {
+  /** The URL of a database of the server, over the network. */
+  readonly url: string
+  readonly sessions: (which?: Which) => number
+  /** Resets sessions, once. */
+  readonly reset: (which?: Which) => Effect.Effect<number>
+  /** Each way takes `delay` milliseconds, plus or minus at most `jitter`; the order is kept. */
+  readonly slow: (
+    options: Which & { readonly delay: number; readonly jitter?: number }
+  ) => Effect.Effect<void, never, Scope.Scope>
+  /** Bytes a second, each way. */
+  readonly narrow: (options: Which & { readonly bytes: number }) => Effect.Effect<void, never, Scope.Scope>
+  /**
+   * Nothing arrives any more, one way or both, and nobody is told: sockets stay open, and new ones connect. At the end what
+   * was withheld arrives, as it would by retransmission, or the sessions are reset.
+   */
+  readonly blackHole: (
+    options: Which & { readonly way?: "requests" | "answers" | "both"; readonly heal: "deliver" | "reset" }
+  ) => Effect.Effect<void, never, Scope.Scope>
+  /** New sessions are accepted and get nothing, garbage, or a TLS alert; those that are there are reset. */
+  readonly impostor: (answer: "nothing" | "garbage" | "alert") => Effect.Effect<void, never, Scope.Scope>
+  /** New sessions are reset at once; those that are there too. */
+  readonly refuse: Effect.Effect<void, never, Scope.Scope>
+  /** Resets one session at a point of a request; what is returned waits until it has happened. */
+  readonly cut: (cut: Cut, act?: () => void) => Effect.Effect<Effect.Effect<void>>
+  /** Leads new sessions elsewhere; those that are there are reset. */
+  readonly lead: (target: string) => Effect.Effect<void>
+}
+
+type Way = "requests" | "answers"
+
+interface Rule {
+  readonly which: Which
+  readonly delay?: () => number
+  readonly bytes?: number
+  readonly hole?: ReadonlyArray<Way>
+}
+
+interface Session {
+  readonly client: Socket
+  readonly flows: Record<Way, Flow>
+  name: string
+  sent: string
+}
+
+interface Flow {
+  readonly push: (chunk: Buffer) => void
+  /** Looks again at what is withheld: a rule has changed. */
+  readonly look: () => void
+}
+
+const matches = (which: Which, session: Session): boolean =>
+  session.name.startsWith(which.process ?? "") && session.sent.includes(which.sent ?? "")
+
+/** Starts a network in front of the server at `target`, in the current scope. */
+export const makeNet = Effect.fnUntraced(function*(target: string): Effect.fn.Return<Net, never, Scope.Scope> {
+  const sessions = new Set<Session>()
+  const rules = new Set<Rule>()
+  const cuts = new Set<{ readonly on: Cut; left: number; readonly hit: () => void }>()
+  let to = new URL(target)
+  let impostor: "nothing" | "garbage" | "alert" | "refuse" | undefined
+
+  /** One way of one session: in order, as late and as slow as the rules say at the time. */
+  const makeFlow = (session: () => Session, way: Way, write: (chunk: Buffer) => void): Flow => {
+    const waiting: Array<{ readonly chunk: Buffer; readonly since: number; readonly delay: number }> = []
+    let free = 0
+    let timer: NodeJS.Timeout | undefined
+    const applying = () => [...rules].filter((rule) => matches(rule.which, session()))
+    const pump = (): void => {
+      timer = undefined
+      while (waiting.length > 0) {
+        const now = performance.now()
+        const mine = applying()
+        if (mine.some((rule) => rule.hole?.includes(way))) return
+        const { chunk, delay, since } = waiting[0]!
+        const at = Math.max(since + delay, free)
+        if (at > now) {
+          timer = setTimeout(pump, at - now)
+          return
+        }
+        waiting.shift()
+        const bytes = mine.map((rule) => rule.bytes).find((found) => found !== undefined)
+        free = bytes === undefined ? 0 : now + chunk.length / bytes * 1000
+        write(chunk)
+      }
+    }
+    return {
+      push: (chunk) => {
+        const mine = applying()
+        const narrow = mine.some((rule) => rule.bytes !== undefined)
+        const delay = mine.reduce((sum, rule) => sum + (rule.delay?.() ?? 0), 0)
+        if (waiting.length === 0 && delay === 0 && !narrow && !mine.some((rule) => rule.hole?.includes(way))) {
+          return write(chunk)
+        }
+        const since = performance.now()
+        const piece = narrow ? 1024 : chunk.length
+        for (let at = 0; at < chunk.length; at += piece) {
+          waiting.push({ chunk: chunk.subarray(at, at + piece), since, delay })
+        }
+        if (timer === undefined) pump()
+      },
+      look: () => {
+        if (timer === undefined) pump()
+      }
+    }
+  }
+
+  const server = createServer({ noDelay: true }, (client) => {
+    client.on("error", () => client.destroy())
+    if (impostor !== undefined) {
+      if (impostor === "refuse") client.resetAndDestroy()
+      else if (impostor === "garbage") client.write("HTTP/1.1 400 Bad Request\r\n\r\n")
+      else if (impostor === "alert") client.write(Buffer.from([0x15, 0x03, 0x01, 0x00, 0x02, 0x02, 0x28]))
+      const silent: Flow = { push: () => {}, look: () => {} }
+      const one: Session = { client, name: "", sent: "", flows: { requests: silent, answers: silent } }
+      sessions.add(one)
+      client.on("close", () => sessions.delete(one))
+      return
+    }
+    const upstream = connect({ port: Number(to.port), host: to.hostname, noDelay: true })
+    const session: Session = {
+      client,
+      name: "",
+      sent: "",
+      flows: {
+        requests: makeFlow(() => session, "requests", (chunk) => upstream.write(chunk)),
+        answers: makeFlow(() => session, "answers", (chunk) => client.write(chunk))
+      }
+    }
+    sessions.add(session)
+    const requests = readRequests()
+    let struck: (() => void) | undefined
+    const reset = () => {
+      client.resetAndDestroy()
+      upstream.destroy()
+    }
+    for (const [socket, other] of [[client, upstream], [upstream, client]] as const) {
+      socket.on("error", () => other.destroy())
+      socket.on("close", () => {
+        sessions.delete(session)
+        // Nobody is told what happens on the other side of a black hole.
+        const holes = [...rules].filter((rule) => rule.hole !== undefined && matches(rule.which, session))
+        if (holes.length === 0) other.destroy()
+      })
+    }
+    client.on("data", (chunk) => {
+      const text = chunk.toString("latin1")
+      if (session.name === "") session.name = /application_name\0([^\0]*)\0/.exec(text)?.[1] ?? ""
+      // What rules ask for are texts of statements; a session that sends much data is not to be remembered for it.
+      if (session.sent.length < 200_000) session.sent += text
+      const hit = hitBy(session, requests(chunk))
+      if (hit === undefined) return session.flows.requests.push(chunk)
+      const { act, on } = hit
+      if (on.at === "answered") {
+        struck = act
+        return session.flows.requests.push(chunk)
+      }
+      if (on.at === "lost") {
+        reset()
+        act()
+      } else {
+        // The server has it, and whoever sent it does not know.
+        upstream.write(chunk, () => {
+          client.resetAndDestroy()
+          upstream.end()
+          act()
+        })
+      }
+    })
+    upstream.on("data", (chunk) => {
+      if (struck === undefined) return session.flows.answers.push(chunk)
+      if (!endsAnswer(chunk)) return
+      reset()
+      struck()
+    })
+  })
+
+  const hitBy = (session: Session, requests: ReadonlyArray<Request>) => {
+    for (const { params, text } of requests) {
+      for (const cut of cuts) {
+        const { on } = cut
+        if (!session.name.startsWith(on.process ?? "") || !text.includes(on.text)) continue
+        if (!params.includes(on.param ?? "") || --cut.left > 0) continue
+        cuts.delete(cut)
+        return { on, act: cut.hit }
+      }
+    }
+    return undefined
+  }
+
+  yield* Effect.acquireRelease(
+    Effect.callback<void>((resume) => {
+      server.listen(0, "127.0.0.1", () => resume(Effect.void))
+    }),
+    () =>
+      Effect.sync(() => {
+        rules.clear()
+        for (const { client } of sessions) client.destroy()
+        server.close()
+      })
+  )
+  const address = server.address()
+  const url = new URL(target)
+  url.hostname = "127.0.0.1"
+  url.port = String(typeof address === "object" && address !== null ? address.port : 0)
+
+  const having = (which: Which = {}) => [...sessions].filter((session) => matches(which, session))
+  const resetAll = (which?: Which) => {
+    const found = having(which)
+    for (const { client } of found) client.resetAndDestroy()
+    return found.length
+  }
+  const ruled = (rule: Rule, end: () => void = () => {}) =>
+    Effect.asVoid(Effect.acquireRelease(
+      Effect.sync(() => rules.add(rule)),
+      () =>
+        Effect.sync(() => {
+          end()
+          rules.delete(rule)
+          for (const { flows } of sessions) {
+            flows.requests.look()
+            flows.answers.look()
+          }
+        })
+    ))
+  const posing = (as: NonNullable<typeof impostor>) =>
+    Effect.asVoid(Effect.acquireRelease(
+      Effect.sync(() => {
+        impostor = as
+        resetAll()
+      }),
+      () =>
+        Effect.sync(() => {
+          impostor = undefined
+          resetAll()
+        })
+    ))
+
+  return {
+    url: url.href,
+    sessions: (which) => having(which).length,
+    reset: (which) => Effect.sync(() => resetAll(which)),
+    slow: ({ delay, jitter = 0, ...which }) =>
+      ruled({ which, delay: () => Math.max(0, delay + (Math.random() * 2 - 1) * jitter) }),
+    narrow: ({ bytes, ...which }) => ruled({ which, bytes }),
+    blackHole: ({ heal, way = "both", ...which }) =>
+      ruled({ which, hole: way === "both" ? ["requests", "answers"] : [way] }, () => {
+        if (heal === "reset") resetAll(which)
+      }),
+    impostor: posing,
+    refuse: posing("refuse"),
+    cut: (on, act = () => {}) =>
+      Effect.sync(() => {
+        let tell = () => {}
+        const happened = new Promise<void>((resolve) => (tell = resolve))
+        cuts.add({
+          on,
+          left: on.nth ?? 1,
+          hit: () => {
+            act()
+            tell()
+          }
+        })
+        return Effect.promise(() => happened)
+      }),
+    lead: (target) =>
+      Effect.sync(() => {
+        to = new URL(target)
+        resetAll()
+      })
+  }
+})

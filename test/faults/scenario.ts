@@ -1,0 +1,55 @@
+/** How a scenario is written: an id, what it does, and what it measured. */
+import { layer } from "@effect/vitest"
+import { Effect, type Scope } from "effect"
+import type { StartOptions } from "../support/embedded.ts"
+import { makeStage, type Stage, type StageOptions, Victim } from "./stage.ts"
+
+/** The whole of it, with `npm run faults`; otherwise the short form, as a part of `npm test`. */
+export const full = process.env["FAULTS"] === "full"
+
+/** What a scenario has measured, as it is to be read; numbers are milliseconds. */
+export type Figures = Readonly<Record<string, string | number>>
+
+declare module "vitest" {
+  interface TaskMeta {
+    figures?: Figures
+  }
+}
+
+/** What there is to say of a scenario. */
+export interface Options {
+  /** It is a part of the short form, too. */
+  readonly short?: boolean
+  /** How many minutes it may take; 3 unless told otherwise. */
+  readonly minutes?: number
+}
+
+/** Registers a scenario. */
+export type Scenario = (
+  id: string,
+  what: string,
+  options: Options & StageOptions,
+  body: (stage: Stage) => Effect.Effect<Figures, unknown, Scope.Scope | Victim>
+) => void
+
+/** Groups scenarios that play on one server, each with a stage of its own. */
+export const scenarios = (
+  title: string,
+  define: (scenario: Scenario) => void,
+  server?: StartOptions
+): void =>
+  layer(Victim.layer(server), { excludeTestServices: true, timeout: 60_000 })(
+    title,
+    (it) =>
+      define((id, what, options, body) => {
+        if (!full && options.short !== true) return
+        it.effect(
+          `${id} ${what}`,
+          (context) =>
+            Effect.map(Effect.scoped(Effect.flatMap(makeStage(options), body)), (figures) => {
+              context.task.meta.figures = figures
+            }),
+          (options.minutes ?? 3) * 60_000
+        )
+      })
+  )

@@ -1,0 +1,309 @@
+/**
+ * What a scenario plays on: a PostgreSQL that may be harmed, a network in front of it, processes behind that, and a second
+ * PostgreSQL that nobody harms, for the evidence.
+ */
+import { PgClient } from "@effect/sql-pg"
+import { assert } from "@effect/vitest"
+import { Context, Effect, Layer, Redacted, type Scope } from "effect"
+import { readdirSync, readFileSync } from "node:fs"
+import { inject } from "vitest"
+import { JobQueue } from "../../src/index.ts"
+import type * as Queue from "../../src/JobQueue.ts"
+import type { ActorProgram } from "../programs/actor.ts"
+import { makeDatabase, ownServer, TestDatabase } from "../support/database.ts"
+import type { EmbeddedPostgres, StartOptions } from "../support/embedded.ts"
+import { createLedger, Ledger } from "../support/ledger.ts"
+import { type Program, startProgram } from "../support/processes.ts"
+import { allInPlace, now, until } from "../support/queue.ts"
+import { type Allowed, evidence, invariants, ledgerTables, runs, watch } from "./invariants.ts"
+import { makeNet } from "./net.ts"
+
+/** The reference settings, ten times as fast: what a scenario measures in leases is measured in these. */
+export const timing = { lease: 3000, heartbeat: 1000, rescueInterval: 1500, gracePeriod: 2000 }
+
+/** When the jobs of a dead process have been taken back at the latest: a lease, a sweep with its jitter, and 5 s. */
+export const rescuedWithin = timing.lease + timing.rescueInterval * 1.2 + 5000
+
+/** The server that is harmed; the scenarios of a file share it. */
+export class Victim extends Context.Service<Victim, EmbeddedPostgres>()("effect-pgqueue/test/faults/stage/Victim") {
+  static readonly layer = (options?: StartOptions): Layer.Layer<Victim> => Layer.effect(Victim, ownServer(options))
+}
+
+/** A process of the stage. */
+export interface Actor extends Program {
+  readonly name: string
+  /** Freezes it, in the current scope. */
+  readonly frozen: Effect.Effect<void, never, Scope.Scope>
+  /** Tells it to end and returns how it did, and how long that took in milliseconds. */
+  readonly end: (signal?: NodeJS.Signals) => Effect.Effect<{ readonly code: number | null; readonly took: number }>
+  /** Kilobytes of memory that it has resident now. */
+  readonly memory: () => number
+  /** How many files and sockets it has open. */
+  readonly files: () => number
+}
+
+type Settings = Partial<Omit<ActorProgram, "role" | "name" | "ledgerUrl">>
+
+const actorOf = (name: string, program: Program): Actor => ({
+  ...program,
+  name,
+  frozen: Effect.asVoid(Effect.acquireRelease(program.kill("SIGSTOP"), () => program.kill("SIGCONT"))),
+  end: Effect.fnUntraced(function*(signal = "SIGTERM") {
+    const told = yield* now
+    yield* program.kill(signal)
+    const { at, code } = yield* Effect.timeoutOrElse(program.ended, {
+      duration: "90 seconds",
+      orElse: () => Effect.die(new Error(`${name} still runs:\n${program.output()}`))
+    })
+    return { code, took: at - told }
+  }),
+  memory: () => Number(/VmRSS:\s+(\d+)/.exec(readFileSync(`/proc/${program.pid}/status`, "utf8"))?.[1] ?? 0),
+  files: () => readdirSync(`/proc/${program.pid}/fd`).length
+})
+
+/** What a stage may be told. */
+export interface StageOptions {
+  /** The queue of the scenario's own process. */
+  readonly queue?: Queue.Options
+}
+
+/** Builds a stage on the {@link Victim}, in the current scope. */
+export const makeStage = Effect.fnUntraced(function*(options: StageOptions = {}) {
+  const victim = yield* Victim
+  const { name: databaseName, url: redacted } = yield* makeDatabase(victim.url)
+  const url = Redacted.value(redacted)
+  const net = yield* makeNet(url)
+  const elsewhere = yield* makeDatabase(inject("databaseUrl"))
+  const ledgerUrl = Redacted.value(elsewhere.url)
+  const ledger = Context.get(yield* Layer.build(Layer.fresh(Ledger.layer(ledgerUrl, "stage"))), Ledger)
+  const truth = Context.get(yield* Layer.build(Layer.fresh(Ledger.layer(url, "truth"))), Ledger)
+  yield* Effect.provideService(createLedger, Ledger, ledger)
+  yield* Effect.forEach(ledgerTables, (text) => ledger.query(text))
+
+  /** A queue of this process, directly on the server, for what a scenario enqueues and asks itself. */
+  const PgLive = PgClient.layer({ url: redacted, applicationName: "stage", maxConnections: 4 })
+  const services = yield* Layer.build(Layer.fresh(
+    Layer.provideMerge(
+      JobQueue.layer(options.queue),
+      Layer.merge(PgLive, Layer.succeed(TestDatabase, { name: databaseName, url: redacted }))
+    )
+  ))
+  yield* Effect.forEach(watch, (text) => truth.query(text))
+
+  const actors: Array<Actor> = []
+  /** Faults so far that the server has forgotten claims in. */
+  const crashes: Array<string> = []
+
+  const rows = truth.query
+  const value = <A = number>(text: string, params?: ReadonlyArray<unknown>) =>
+    Effect.map(rows(text, params), ([row]) => Object.values(row ?? {})[0] as A)
+  const recorded = <A = number>(text: string, params?: ReadonlyArray<unknown>) =>
+    Effect.map(ledger.query(text, params), ([row]) => Object.values(row ?? {})[0] as A)
+
+  const start = (role: ActorProgram["role"]) =>
+    Effect.fnUntraced(function*(name: string, settings: Settings = {}) {
+      const program = yield* startProgram("actor.ts", {
+        ...timing,
+        url: net.url,
+        ...settings,
+        role,
+        name,
+        ledgerUrl
+      })
+      const actor = actorOf(name, program)
+      actors.push(actor)
+      return actor
+    })
+  const worker = start("worker")
+  const producer = start("producer")
+  const scheduler = start("scheduler")
+
+  /** How many runs have come to their end so far. */
+  const runsEnded = recorded("select count(*)::int from ledger where phase = 'end'")
+
+  /** Starts workers, producers and schedulers, and waits until a load has gone through them. */
+  const fleet = Effect.fnUntraced(function*(
+    { producers = 2, rate = 300, schedulers = 2, settings = {}, workers = 4, warm = 2000 }: {
+      readonly workers?: number
+      readonly producers?: number
+      readonly schedulers?: number
+      /** Jobs a second, of all producers together. */
+      readonly rate?: number
+      readonly settings?: Settings
+      /** How long it runs before the scenario goes on, in milliseconds. */
+      readonly warm?: number
+    } = {}
+  ) {
+    const named = (role: string, count: number) => Array.from({ length: count }, (_, n) => `${role} ${n + 1}`)
+    const all = <E, R>(names: ReadonlyArray<string>, begin: (name: string) => Effect.Effect<Actor, E, R>) =>
+      Effect.forEach(names, begin, { concurrency: 2 })
+    const cast = {
+      workers: yield* all(named("worker", workers), (name) => worker(name, settings)),
+      schedulers: yield* all(named("scheduler", schedulers), (name) => scheduler(name, settings)),
+      producers: yield* all(
+        named("producer", producers),
+        (name) => producer(name, { ...settings, rate: rate / producers })
+      )
+    }
+    yield* until("the fleet works", Effect.map(runsEnded, (ended) => ended > Math.min(100, rate)))
+    yield* Effect.sleep(warm)
+    return cast
+  })
+
+  /** Notes a fault in the ledger, and its end with the scope: recovery is measured from there. */
+  const fault = (what: string) =>
+    Effect.asVoid(Effect.acquireRelease(
+      Effect.orDie(ledger.query("insert into public.fault (what) values ($1)", [what])),
+      () =>
+        Effect.orDie(
+          ledger.query(
+            "update public.fault set cleared_at = clock_timestamp() where what = $1 and cleared_at is null",
+            [what]
+          )
+        )
+    ))
+
+  /** Does something to the stage, and notes when it began and when it was over. */
+  const during = <A, E, R>(
+    what: string,
+    effect: Effect.Effect<A, E, R>
+  ): Effect.Effect<A, E, Exclude<R, Scope.Scope>> => Effect.scoped(Effect.andThen(fault(what), effect))
+
+  /**
+   * How long after each fault was over, in milliseconds, runs ended again at nine tenths of their rate before the first one:
+   * the first moment from which they did so for `over` milliseconds.
+   */
+  const recoveries = (over = 2000) =>
+    Effect.map(
+      ledger.query<{ took: number | null }>(
+        `with ends as (select at from ledger where phase = 'end'),
+          before as (select percentile_cont(0.5) within group (order by n) as rate from (
+            select count(e.at) as n from generate_series(
+              (select min(begun_at) from fault) - interval '3 seconds', (select min(begun_at) from fault) - interval '1 second', interval '250 milliseconds') s(at)
+            left join ends e on e.at >= s.at and e.at < s.at + interval '1 second' group by s.at) windows)
+        select (select extract(epoch from min(s.at) - f.cleared_at) * 1000
+          from generate_series(f.cleared_at, f.cleared_at + interval '60 seconds', interval '50 milliseconds') s(at)
+          where (select count(*) from ends where at >= s.at and at < s.at + $1 * interval '1 millisecond') >= 0.9 * rate * $1 / 1000.0)::float8 as took
+        from fault f, before where f.cleared_at is not null order by f.cleared_at`,
+        [over]
+      ),
+      (found) => found.map(({ took }) => took ?? Infinity)
+    )
+
+  const untilAllEnded = (within = 60_000) =>
+    until(
+      "all jobs have ended",
+      Effect.map(value("select count(*)::int from pgqueue.job where kind <> 'tick'"), (left) => left === 0),
+      { within, every: 50 }
+    )
+
+  /** Copies the evidence beside the queue's tables. */
+  const collect = Effect.gen(function*() {
+    yield* Effect.forEach(evidence, (text) => rows(text))
+    const copy = Effect.fnUntraced(function*(table: string, columns: string, text: string) {
+      const all = yield* ledger.query(text)
+      for (let at = 0; at < all.length; at += 5000) {
+        yield* rows(
+          `insert into evidence.${table} (${columns}) select ${columns} from json_populate_recordset(null::evidence.${table}, $1::json)`,
+          [JSON.stringify(all.slice(at, at + 5000))]
+        )
+      }
+    })
+    yield* copy("intent", "key, outcome, job", "select key::text, outcome, job::text from public.intent")
+    yield* copy("run", "run, job, attempt, boot, key, begun_at, ended_at, stopped_at", runs)
+    yield* rows("insert into evidence.crash select unnest($1::text[])", [crashes])
+    yield* rows("analyze evidence.run, evidence.intent, watch.transition, pgqueue.finished, pgqueue.attempt")
+  })
+
+  /** Fails unless each invariant holds. */
+  const judge = (allowed: Allowed = {}) =>
+    Effect.gen(function*() {
+      yield* collect
+      const violations: Record<string, ReadonlyArray<object>> = {}
+      for (const [name, query] of invariants({ ...allowed, crashed: allowed.crashed ?? crashes.length > 0 })) {
+        const found = yield* Effect.tapError(rows(query), () => Effect.logError(`cannot be asked: ${name}`))
+        if (found.length > 0) violations[name] = found.slice(0, 5)
+      }
+      assert.deepStrictEqual(violations, {})
+      yield* Effect.provideService(allInPlace, Ledger, truth)
+      for (const { name, output } of actors) {
+        assert.notMatch(output(), /unhandledRejection|uncaughtException|in no place|Error: boom/i, name)
+      }
+    })
+
+  /**
+   * Ends the play as it should end: producers stop, all jobs end, everybody stops when told with code 0, nothing is left
+   * behind, and every invariant holds. Returns what is counted.
+   */
+  const finish = Effect.fnUntraced(function*(options: Allowed & { readonly within?: number } = {}) {
+    const alive = (role: string) => actors.filter((actor) => actor.running() && actor.name.startsWith(role))
+    const stop = (role: string) =>
+      Effect.forEach(
+        alive(role),
+        (actor) =>
+          Effect.map(actor.end(), ({ code }) => assert.strictEqual(code, 0, `${actor.name}:\n${actor.output()}`)),
+        {
+          concurrency: "unbounded"
+        }
+      )
+    yield* stop("scheduler")
+    yield* stop("producer")
+    // Of a fleet in which nobody is left to work nothing would ever end.
+    if (alive("worker").length === 0) yield* worker("worker last")
+    if (options.unfinished !== true) {
+      yield* untilAllEnded(options.within)
+      yield* until(
+        "all ticks have ended",
+        Effect.map(value("select count(*)::int from pgqueue.job"), (left) => left === 0),
+        { within: 30_000 }
+      )
+    }
+    // Those of processes that were killed go with the next sweep.
+    yield* until(
+      "nothing is held for the dead",
+      Effect.map(value("select count(*)::int from pgqueue.worker"), (left) => left <= alive("worker").length),
+      { within: 30_000 }
+    )
+    yield* stop("worker")
+    yield* until(
+      "the sessions of processes that ended are gone",
+      Effect.map(
+        value(`select count(*)::int from pg_stat_activity where datname = current_database()
+          and (application_name like 'worker%' or application_name like 'producer%' or application_name like 'scheduler%')`),
+        (left) => left === 0
+      ),
+      { within: 60_000 }
+    )
+    yield* judge(options)
+    const starts = yield* recorded("select count(distinct run)::int from ledger")
+    const jobs = yield* recorded("select count(distinct job)::int from ledger")
+    return { jobs, again: starts - jobs }
+  })
+
+  return {
+    victim,
+    url,
+    net,
+    ledger,
+    ledgerUrl,
+    rows,
+    value,
+    recorded,
+    services,
+    worker,
+    producer,
+    scheduler,
+    fleet,
+    runsEnded,
+    during,
+    /** Says that the server has crashed: what it had not written down is forgotten. */
+    crashed: (what: string) => crashes.push(what),
+    recoveries,
+    untilAllEnded,
+    judge,
+    finish
+  }
+})
+
+/** A stage. */
+export type Stage = Effect.Success<ReturnType<typeof makeStage>>
