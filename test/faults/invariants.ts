@@ -64,6 +64,8 @@ export interface Allowed {
   readonly crashed?: boolean
   /** Nothing was done to anything: each job has started exactly once. */
   readonly faultFree?: boolean
+  /** The server's clock was not the ledger's all the time, and ticks may have been missed. */
+  readonly clockStepped?: boolean
   /** Jobs that were deleted, or were left in line on purpose. */
   readonly unfinished?: boolean
 }
@@ -77,7 +79,20 @@ const leases: Record<string, string> = {
   // By the database's own record: the job was in no lease of somebody else when it was claimed.
   "I3 one final, by who holds it": `select t.job, t.what from watch.transition t
     where t.what in ('completed', 'discarded') and t.lease is not null and t.lease is distinct from
-      (select c.lease from watch.transition c where c.job = t.job and c.what = 'claimed' and c.seq < t.seq order by c.seq desc limit 1)`,
+      (select c.lease from watch.transition c where c.job = t.job and c.what = 'claimed' and c.seq < t.seq order by c.seq desc limit 1)`
+}
+
+/** What is compared with a clock. */
+const times: Record<string, string> = {
+  "I8 each tick once": `select s.name, t.tick, count(f.id) from
+      (select metadata->>'schedule' as name, min(scheduled_for) as first, max(scheduled_for) as last
+        from pgqueue.finished where metadata->>'schedule' is not null group by 1) s
+    cross join lateral generate_series(s.first, s.last, '1 second') t(tick)
+    left join pgqueue.finished f on f.metadata->>'schedule' = s.name and f.scheduled_for = t.tick
+    group by 1, 2 having count(f.id) <> 1`
+}
+
+const overlaps: Record<string, string> = {
   // A run counts as begun when its ledger says so, and its worker as alive for a lease after each beat.
   "I4 no overlap under a valid lease": `select a.job, a.boot, b.boot as other from evidence.run a
     join evidence.run b on b.job = a.job and b.run <> a.run and b.begun_at > a.begun_at
@@ -108,12 +123,8 @@ const always: Record<string, string> = {
       (select job, count(*)::int from public.paid group by job) p
     full join (select id, status from pgqueue.finished where kind = 'pay') f on f.id = p.job
     where coalesce(p.count, 0) <> case when f.status = 'completed' then 2 else 0 end`,
-  "I8 each tick once": `select s.name, t.tick, count(f.id) from
-      (select metadata->>'schedule' as name, min(scheduled_for) as first, max(scheduled_for) as last
-        from pgqueue.finished where metadata->>'schedule' is not null group by 1) s
-    cross join lateral generate_series(s.first, s.last, '1 second') t(tick)
-    left join pgqueue.finished f on f.metadata->>'schedule' = s.name and f.scheduled_for = t.tick
-    group by 1, 2 having count(f.id) <> 1`,
+  "I8 no tick twice": `select metadata->>'schedule' as name, scheduled_for from pgqueue.finished
+    where metadata->>'schedule' is not null group by 1, 2 having count(*) > 1`,
   "I9 unique": `select unique_key from pgqueue.job j where unique_key is not null
       and exists (select 1 from pgqueue.unique_key k where k.key = j.unique_key and k.job = j.id)
     group by unique_key having count(*) > 1`,
@@ -147,6 +158,8 @@ export const invariants = (allowed: Allowed): ReadonlyArray<readonly [name: stri
   Object.entries({
     ...always,
     ...(allowed.crashed === true ? {} : leases),
+    ...(allowed.clockStepped === true ? {} : times),
+    ...(allowed.crashed === true || allowed.clockStepped === true ? {} : overlaps),
     ...(allowed.faultFree === true ? faultless : {}),
     ...(allowed.unfinished === true ? {} : whole)
   }).filter(([name]) => allowed.unfinished !== true || !/^I1 |^I13 acc/.test(name))

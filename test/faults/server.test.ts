@@ -1,27 +1,492 @@
 /** What happens to PostgreSQL itself: sessions that end, servers that restart, crash, hang, fill up or refuse. */
+import { PgClient } from "@effect/sql-pg"
 import { assert } from "@effect/vitest"
-import { Effect } from "effect"
+import { Context, Duration, Effect, Exit, Fiber, Layer, Option, Redacted } from "effect"
+import { chmodSync, existsSync, mkdtempSync, readFileSync, writeFileSync } from "node:fs"
+import { tmpdir } from "node:os"
+import { dirname, join } from "node:path"
+import { probeText } from "../../src/Store.ts"
+import { Pay, Work } from "../programs/actor.ts"
+import type { EmbeddedPostgres } from "../support/embedded.ts"
+import { serverProcesses } from "../support/processes.ts"
+import { until } from "../support/queue.ts"
 import { full, scenarios } from "./scenario.ts"
+import type { Actor, Stage } from "./stage.ts"
+
+/** The sessions of processes under test. */
+const theirs =
+  `datname = current_database() and application_name like any (array['worker%', 'producer%', 'scheduler%'])`
+
+const pgCtl = (server: EmbeddedPostgres, ...args: ReadonlyArray<string>) => Effect.promise(() => server.pgCtl(args))
+
+/** After a crash the postmaster of before may still be letting go of its memory. */
+const startAgain = (server: EmbeddedPostgres) =>
+  Effect.retry(Effect.tryPromise(() => server.pgCtl(["start"])), { times: 50 })
+
+const signalServer = (server: EmbeddedPostgres, signal: NodeJS.Signals) => {
+  for (const pid of serverProcesses(server.dataDir)) {
+    try {
+      process.kill(pid, signal)
+    } catch {
+      // It has ended by itself.
+    }
+  }
+}
+
+/** What a process calls itself; empty when there is none. */
+const titleOf = (pid: number): string => {
+  try {
+    return readFileSync(`/proc/${pid}/cmdline`, "latin1").replaceAll("\0", " ").trim()
+  } catch {
+    return ""
+  }
+}
+
+const allRun = (actors: ReadonlyArray<Actor>) => {
+  for (const { name, output, running } of actors) assert.isTrue(running(), `${name} has ended:\n${output()}`)
+}
+
+/** Jobs are done again at nine tenths of the rate before, so many milliseconds after each fault was over. */
+const recovered = Effect.fnUntraced(function*(stage: Stage, within: number) {
+  yield* Effect.sleep(within + 2500)
+  const took = yield* stage.recoveries()
+  assert.isNotEmpty(took)
+  assert.isBelow(Math.max(...took), within, took.map(Math.round).join(" "))
+  return { recovered: Math.max(...took) }
+})
 
 scenarios("the server", (scenario) => {
-  scenario("D1", "every session is terminated every 2 s", { short: true }, (stage) =>
-    Effect.gen(function*() {
-      const cast = yield* stage.fleet()
-      for (let round = 0; round < (full ? 15 : 2); round++) {
+  scenario(
+    "D1",
+    "every session is terminated every 2 s",
+    { short: true, minutes: 8 },
+    (stage) =>
+      Effect.gen(function*() {
+        const { producers, schedulers, workers } = yield* stage.fleet()
+        const rounds = full ? 30 : 3
         yield* stage.during(
-          `terminate ${round}`,
-          stage.rows(
-            `select pg_terminate_backend(pid) from pg_stat_activity where datname = current_database()
-             and application_name like any (array['worker%', 'producer%', 'scheduler%'])`
+          "terminating",
+          Effect.gen(function*() {
+            for (let round = 0; round < rounds; round++) {
+              yield* stage.rows(`select pg_terminate_backend(pid) from pg_stat_activity where ${theirs}`)
+              if (round < rounds - 1) yield* Effect.sleep(2000)
+            }
+          })
+        )
+        const figures = yield* recovered(stage, 2000)
+        allRun([...producers, ...schedulers, ...workers])
+        return { rounds, ...figures, ...yield* stage.finish() }
+      })
+  )
+
+  scenario("D2", "only sessions that listen are terminated", {}, (stage) =>
+    Effect.gen(function*() {
+      const worker = yield* stage.worker("worker")
+      // What it last sent: LISTEN, or the look whether its link is still there.
+      const listening = `${theirs} and (query ilike 'listen %' or query = '${probeText}')`
+      const listens = Effect.map(stage.value(`select count(*)::int from pg_stat_activity where ${listening}`), (n) =>
+        n > 0)
+      const [back, late]: [Array<number>, Array<number>] = [[], []]
+      for (let round = 0; round < 100; round++) {
+        yield* until("it listens", listens, { within: 10_000 })
+        yield* stage.rows(`select pg_terminate_backend(pid, 1000) from pg_stat_activity where ${listening}`)
+        const { id } = yield* Effect.provideContext(
+          Work.enqueue({ key: crypto.randomUUID(), millis: 0, fails: 0 }),
+          stage.services
+        )
+        back.push(yield* until("it listens again", listens, { within: 5000 }))
+        late.push(
+          yield* until(
+            "it ran",
+            Effect.map(
+              stage.value("select count(*)::int from pgqueue.finished where id = $1::uuid", [id]),
+              (n) =>
+                n === 1
+            )
           )
         )
-        yield* Effect.sleep(2000)
       }
-      yield* Effect.sleep(2000)
-      for (const actor of cast.workers) assert.isTrue(actor.running(), actor.output())
-      const recovered = yield* stage.recoveries()
-      const counts = yield* stage.finish()
-      assert.isBelow(recovered.at(-1)!, 2000, recovered.join(" "))
-      return { ...counts, recovered: Math.max(...recovered) }
+      assert.isBelow(Math.max(...back), 2000)
+      // The poll interval, which is 5 s with LISTEN, and one more.
+      assert.isBelow(Math.max(...late), 6000)
+      allRun([worker])
+      return { relistened: Math.max(...back), latest: Math.max(...late), ...yield* stage.finish() }
+    }))
+
+  const restarts = (
+    id: string,
+    what: string,
+    short: boolean,
+    rounds: number,
+    restart: (server: EmbeddedPostgres) => Effect.Effect<unknown, unknown>
+  ) =>
+    scenario(id, what, { short, minutes: 8 }, (stage) =>
+      Effect.gen(function*() {
+        const { producers, schedulers, workers } = yield* stage.fleet()
+        for (let round = 0; round < (full ? rounds : 1); round++) {
+          yield* stage.during(`restart ${round}`, restart(stage.victim))
+          stage.crashed(what)
+          // 3 s after "ready", by which time it has to work again.
+          yield* Effect.sleep(3000)
+        }
+        const figures = yield* recovered(stage, 3000)
+        allRun([...producers, ...schedulers, ...workers])
+        return { rounds: full ? rounds : 1, ...figures, ...yield* stage.finish() }
+      }))
+
+  restarts("D3", "the server restarts", false, 20, (server) => pgCtl(server, "restart", "-m", "fast"))
+  restarts(
+    "D4",
+    "the server crashes and starts again",
+    true,
+    20,
+    (server) => Effect.andThen(pgCtl(server, "stop", "-m", "immediate"), startAgain(server))
+  )
+  restarts("D5a", "a backend is killed, and all others with it", false, 10, (server) =>
+    Effect.gen(function*() {
+      const [postmaster, ...children] = serverProcesses(server.dataDir)
+      const backends = children.filter((pid) => /postgres: postgres /.test(titleOf(pid)))
+      process.kill(backends[Math.floor(backends.length / 2)]!, "SIGKILL")
+      // The postmaster starts all over: none of the children that were there is left.
+      yield* until(
+        "it starts all over",
+        Effect.sync(() => serverProcesses(server.dataDir).every((pid) => pid === postmaster || !children.includes(pid)))
+      )
+    }))
+  restarts("D5b", "the postmaster is killed", false, 10, (server) =>
+    Effect.gen(function*() {
+      const [postmaster, ...children] = serverProcesses(server.dataDir)
+      process.kill(postmaster!, "SIGKILL")
+      yield* until("its children have ended", Effect.sync(() => children.every((pid) => titleOf(pid) === "")), {
+        within: 60_000
+      })
+      yield* startAgain(server)
+    }))
+
+  // Nothing happens after the first ten seconds that does not happen all the time: the longest pause between tries is 1 s.
+  scenario("D6", "the server is down for long", { minutes: 5 }, (stage) =>
+    Effect.gen(function*() {
+      const away = 90_000
+      const { producers, schedulers, workers } = yield* stage.fleet()
+      const all = [...producers, ...schedulers, ...workers]
+      const lines = ({ output }: Actor) => output().split("\n").filter((line) => /^\[/.test(line)).length
+      let said: ReadonlyArray<number> = []
+      let grown: ReadonlyArray<number> = []
+      yield* stage.during(
+        "down",
+        Effect.gen(function*() {
+          yield* pgCtl(stage.victim, "stop", "-m", "fast")
+          const before = all.map((actor) => [lines(actor), actor.memory()] as const)
+          yield* Effect.sleep(away)
+          said = all.map((actor, n) => (lines(actor) - before[n]![0]) / (away / 60_000))
+          // A producer keeps what it could not enqueue; that is its own.
+          grown = workers.map((actor, n) =>
+            (actor.memory() - before[producers.length + schedulers.length + n]![1]) / 1024
+          )
+          yield* pgCtl(stage.victim, "start")
+        })
+      )
+      const figures = yield* recovered(stage, 5000)
+      allRun(all)
+      assert.isBelow(Math.max(...said), 20, "log lines a minute of a process")
+      assert.isBelow(Math.max(...grown), 20, "megabytes of memory of a worker")
+      return {
+        ...figures,
+        "log lines a minute": Math.max(...said),
+        "MB more": Math.max(...grown),
+        ...yield* stage.finish({ within: 120_000 })
+      }
+    }))
+
+  scenario(
+    "D7",
+    "the role gives up statements after 50 ms, and the disk is slow",
+    {},
+    (stage) =>
+      Effect.gen(function*() {
+        yield* stage.rows(
+          "create function watch.slow() returns trigger language plpgsql as $$ begin if random() < 0.02 then perform pg_sleep(0.08); end if; return new; end $$"
+        )
+        for (const table of ["job", "finished", "lease"]) {
+          yield* stage.rows(
+            `create trigger slow before insert on pgqueue.${table} for each row execute function watch.slow()`
+          )
+        }
+        yield* stage.rows(
+          "do $$ begin execute format('alter database %I set statement_timeout = ''50ms''', current_database()); end $$"
+        )
+        // What claims and settles wait for is not what their jobs take: a lower rate.
+        const { workers } = yield* stage.fleet({ rate: 60, warm: 8000 })
+        allRun(workers)
+        const unknown = yield* stage.recorded("select count(*)::int from intent where outcome = 'unknown'")
+        // In the application's own transactions its own limits hold, and are typed errors.
+        assert.isAbove(unknown, 0)
+        return { "enqueues given up in transactions of the application": unknown, ...yield* stage.finish() }
+      })
+  )
+
+  scenario("D8", "sessions that are idle in a transaction end after 100 ms, and handlers sleep in theirs", {
+    short: true
+  }, (stage) =>
+    Effect.gen(function*() {
+      yield* stage.rows(
+        "do $$ begin execute format('alter database %I set idle_in_transaction_session_timeout = ''100ms''', current_database()); end $$"
+      )
+      const worker = yield* stage.worker("worker")
+      const enqueue = (fails: number) => Pay.enqueue({ key: crypto.randomUUID(), millis: 1200, fails })
+      // The handler's transaction has a limit of its own, the lease.
+      yield* Effect.provideContext(Effect.all([enqueue(0), enqueue(1)]), stage.services)
+      // A session that ends in the middle of a handler's transaction is a failed attempt.
+      yield* Effect.provideContext(enqueue(0), stage.services)
+      yield* until(
+        "they run",
+        Effect.map(stage.recorded("select count(*)::int from ledger where phase = 'start'"), (n) => n >= 3)
+      )
+      const [lost] = yield* stage.rows<{ pid: number }>(
+        `select pid from pg_stat_activity where ${theirs} and state = 'idle in transaction' and query like '%paid%' limit 1`
+      )
+      yield* stage.rows("select pg_terminate_backend($1::int)", [lost!.pid])
+      // And the application's own transaction is its own.
+      const mine = yield* Effect.exit(Effect.scoped(
+        Effect.gen(function*() {
+          const sql = yield* PgClient.PgClient
+          return yield* sql.withTransaction(
+            Effect.andThen(enqueue(0), Effect.andThen(Effect.sleep(400), sql`select 1`))
+          )
+        }).pipe(
+          Effect.provide(Layer.fresh(PgClient.layer({ url: Redacted.make(stage.url) }))),
+          Effect.provideContext(stage.services)
+        )
+      ))
+      assert.isTrue(Exit.isFailure(mine))
+      yield* stage.untilAllEnded()
+      allRun([worker])
+      const attempts = yield* stage.rows<{ tag: string }>("select tag from pgqueue.attempt order by tag")
+      assert.isAtLeast(attempts.length, 2, JSON.stringify(attempts))
+      assert.notMatch(worker.output(), /died|defect/i)
+      return { attempts: attempts.map(({ tag }) => tag).join(" "), ...yield* stage.finish() }
+    }))
+
+  scenario("D10", "there are no connections left for 20 s", { minutes: 4 }, (stage) =>
+    Effect.gen(function*() {
+      const { producers, schedulers, workers } = yield* stage.fleet()
+      yield* stage.during(
+        "no connections",
+        Effect.gen(function*() {
+          const greedy = yield* Effect.map(
+            Layer.build(Layer.fresh(
+              PgClient.layer({ url: Redacted.make(stage.url), maxConnections: 300, applicationName: "greedy" })
+            )),
+            Context.get(PgClient.PgClient)
+          )
+          const hold = Effect.forever(
+            Effect.ignore(Effect.scoped(Effect.andThen(greedy.reserve, Effect.never))).pipe(
+              Effect.andThen(Effect.sleep(20))
+            )
+          )
+          yield* Effect.forEach(Array.from({ length: 250 }), () => Effect.forkScoped(hold))
+          yield* Effect.sleep(1000)
+          yield* stage.rows(`select pg_terminate_backend(pid) from pg_stat_activity where ${theirs}`)
+          yield* Effect.sleep(19_000)
+        })
+      )
+      const figures = yield* recovered(stage, 2000)
+      allRun([...producers, ...schedulers, ...workers])
+      return { ...figures, ...yield* stage.finish() }
+    }))
+
+  scenario("D11", "the server is read-only for 10 s", {}, (stage) =>
+    Effect.gen(function*() {
+      const { producers, schedulers, workers } = yield* stage.fleet()
+      const readOnly = (on: "on" | "off") =>
+        Effect.andThen(
+          stage.rows(`alter system set default_transaction_read_only = ${on}`),
+          stage.rows("select pg_reload_conf()")
+        )
+      yield* stage.during(
+        "read-only",
+        Effect.andThen(readOnly("on"), Effect.sleep(10_000)).pipe(Effect.ensuring(Effect.orDie(readOnly("off"))))
+      )
+      const figures = yield* recovered(stage, 3000)
+      allRun([...producers, ...schedulers, ...workers])
+      return { ...figures, ...yield* stage.finish() }
     }))
 })
+
+scenarios("the server, of many kinds", (scenario) => {
+  for (const level of ["serializable", "repeatable read"]) {
+    scenario(
+      `D14 ${level}`,
+      "transactions are of this level by default",
+      { short: level === "serializable" },
+      (stage) =>
+        Effect.gen(function*() {
+          yield* stage.rows(
+            `do $$ begin execute format('alter database %I set default_transaction_isolation = ''${level}''', current_database()); end $$`
+          )
+          const { producers, schedulers, workers } = yield* stage.fleet({ warm: full ? 10_000 : 3000 })
+          allRun([...producers, ...schedulers, ...workers])
+          // In the application's own transactions of that level 40001 is the application's.
+          const surfaced = yield* stage.recorded("select count(*)::int from intent where outcome = 'unknown'")
+          const counts = yield* stage.finish({ faultFree: true })
+          return { surfaced, ...counts }
+        })
+    )
+  }
+
+  scenario("D16", "all processes of the server are frozen for 20 s", {}, (stage) =>
+    Effect.gen(function*() {
+      const { producers, schedulers, workers } = yield* stage.fleet()
+      const late =
+        "select count(*)::int from ledger where phase = 'start' and at > (select max(begun_at) from fault) + interval '15 seconds'"
+      yield* stage.during(
+        "frozen",
+        Effect.acquireUseRelease(
+          Effect.sync(() => signalServer(stage.victim, "SIGSTOP")),
+          () => Effect.sleep(20_000),
+          () => Effect.sync(() => signalServer(stage.victim, "SIGCONT"))
+        )
+      )
+      const between = yield* stage.recorded(`${late} and at < (select max(cleared_at) from fault)`)
+      assert.strictEqual(between, 0, "runs begun without a lease")
+      const figures = yield* recovered(stage, 5000)
+      allRun([...producers, ...schedulers, ...workers])
+      return { ...figures, ...yield* stage.finish() }
+    }))
+
+  scenario("D18", "processes are started before their server", {}, (stage) =>
+    Effect.gen(function*() {
+      yield* pgCtl(stage.victim, "stop", "-m", "fast")
+      const starting = yield* Effect.forkChild(Effect.all([
+        stage.worker("worker 1"),
+        stage.worker("worker 2"),
+        stage.scheduler("scheduler"),
+        stage.producer("producer", { rate: 50 })
+      ], { concurrency: "unbounded" }))
+      // One that is to fail fast does.
+      const impatient = yield* Effect.exit(stage.worker("impatient", { queue: { onUnavailable: "fail" } }))
+      assert.isTrue(Exit.isFailure(impatient))
+      yield* Effect.sleep(5000)
+      assert.isUndefined(starting.pollUnsafe())
+      yield* pgCtl(stage.victim, "start")
+      const [ready] = yield* Effect.timed(Fiber.join(starting))
+      const took = Duration.toMillis(ready)
+      assert.isBelow(took, 2000)
+      yield* until("it works", Effect.map(stage.runsEnded, (ended) => ended > 50))
+      return { ready: took, ...yield* stage.finish() }
+    }))
+
+  /** Statements whose COMMIT is their own, by what they are known by, and who sends them. */
+  const commits: ReadonlyArray<
+    readonly [what: string, cut: { readonly text: string; readonly param?: string; readonly process: string }]
+  > = [
+    ["an enqueue", { text: "refuse_", process: "producer" }],
+    ["an enqueue in a transaction", { text: "COMMIT", process: "producer" }],
+    ["a claim", { text: "array_agg(id) from picked", process: "worker" }],
+    ["a completion", { text: "finished", process: "worker" }],
+    ["a failure", { text: "as i(lease, id, ", param: "failed", process: "worker" }],
+    ["the end of a transactional handler", { text: "COMMIT", process: "worker" }],
+    ["a rescue", { text: "'Lost'", process: "worker" }],
+    ["a tick", { text: "moved as (", process: "scheduler" }]
+  ]
+  scenario("D19", "sessions end exactly at a COMMIT", { short: true, minutes: 15 }, (stage) =>
+    Effect.gen(function*() {
+      const { schedulers, workers } = yield* stage.fleet({ workers: 3 })
+      const rounds = full ? 20 : 1
+      const happened: Record<string, number> = {}
+      for (let round = 0; round < rounds; round++) {
+        for (const [what, cut] of commits) {
+          for (const at of ["sent", "answered"] as const) {
+            const done = yield* stage.net.cut({ ...cut, at, nth: 1 + round % 3 })
+            // Somebody has to be dead for a rescue.
+            if (what === "a rescue") {
+              const mortal = yield* stage.worker("worker mortal")
+              yield* until(
+                "it works",
+                Effect.map(
+                  stage.recorded("select count(*)::int from ledger where boot like 'worker mortal%'"),
+                  (n) => n > 0
+                )
+              )
+              yield* mortal.kill("SIGKILL")
+            }
+            const hit = yield* Effect.timeoutOption(done, 15_000)
+            assert.isTrue(Option.isSome(hit), `${what} has not been cut (${at})`)
+            happened[what] = (happened[what] ?? 0) + 1
+          }
+        }
+      }
+      allRun([...schedulers, ...workers])
+      return { ...happened, ...yield* stage.finish() }
+    }))
+
+  scenario("D20", "nothing can be settled for a while, and claims go on", {}, (stage) =>
+    Effect.gen(function*() {
+      const { workers } = yield* stage.fleet()
+      yield* stage.rows(
+        `create function watch.full() returns trigger language plpgsql as $$ begin raise 'no space' using errcode = '53100'; end $$`
+      )
+      let most = 0
+      yield* stage.during(
+        "no settles",
+        Effect.gen(function*() {
+          yield* Effect.acquireRelease(
+            stage.rows(
+              "create trigger full_up before insert on pgqueue.finished for each row execute function watch.full()"
+            ),
+            () => Effect.orDie(stage.rows("drop trigger full_up on pgqueue.finished"))
+          )
+          for (let n = 0; n < (full ? 150 : 50); n++) {
+            most = Math.max(
+              most,
+              yield* stage.value("select coalesce(sum(cardinality(ids)), 0)::int from pgqueue.lease")
+            )
+            yield* Effect.sleep(200)
+          }
+        })
+      )
+      const figures = yield* recovered(stage, 5000)
+      allRun(workers)
+      // Slots, what is claimed ahead, and what waits to be settled before nothing more is started.
+      assert.isBelow(most / workers.length, 2500 + 500 + 10)
+      const counts = yield* stage.finish({ within: 120_000 })
+      return { "most held by a worker": Math.ceil(most / workers.length), ...figures, ...counts }
+    }))
+})
+
+/** A server whose clock steps when told. */
+const stepped = "/usr/lib/x86_64-linux-gnu/faketime/libfaketime.so.1"
+
+if (existsSync(stepped)) {
+  const clock = join(mkdtempSync(join(tmpdir(), "clock-")), "step")
+  const step = (by: string) => Effect.sync(() => writeFileSync(clock, by))
+  writeFileSync(clock, "+0")
+  chmodSync(dirname(clock), 0o755)
+  scenarios("a server whose clock steps", (scenario) => {
+    for (const by of ["-1h", "+1h"]) {
+      scenario(`D21 ${by}`, "the server's clock steps", {}, (stage) =>
+        Effect.gen(function*() {
+          const { producers, schedulers, workers } = yield* stage.fleet()
+          const rescued = stage.value("select count(*)::int from pgqueue.attempt where tag = 'Lost'")
+          yield* step(by)
+          yield* Effect.sleep(15_000)
+          const lost = yield* rescued
+          yield* step("+0")
+          yield* Effect.sleep(10_000)
+          allRun([...producers, ...schedulers, ...workers])
+          assert.strictEqual(lost, 0, "jobs of living workers that were rescued")
+          // What waits for an hour that is gone is due when it comes round; here it comes at once.
+          const counts = yield* stage.finish({ clockStepped: true })
+          return { lost, ...counts }
+        }))
+    }
+  }, {
+    environment: {
+      LD_PRELOAD: stepped,
+      FAKETIME_TIMESTAMP_FILE: clock,
+      FAKETIME_NO_CACHE: "1",
+      FAKETIME_DONT_FAKE_MONOTONIC: "1",
+      FAKETIME_DONT_RESET: "1"
+    }
+  })
+}

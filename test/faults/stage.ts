@@ -4,9 +4,10 @@
  */
 import { PgClient } from "@effect/sql-pg"
 import { assert } from "@effect/vitest"
-import { Context, Effect, Layer, Redacted, type Scope } from "effect"
+import { Context, Effect, Layer, Redacted, Schedule, type Scope } from "effect"
 import { readdirSync, readFileSync } from "node:fs"
 import { inject } from "vitest"
+import * as Database from "../../src/Database.ts"
 import { JobQueue } from "../../src/index.ts"
 import type * as Queue from "../../src/JobQueue.ts"
 import type { ActorProgram } from "../programs/actor.ts"
@@ -94,7 +95,9 @@ export const makeStage = Effect.fnUntraced(function*(options: StageOptions = {})
   /** Faults so far that the server has forgotten claims in. */
   const crashes: Array<string> = []
 
-  const rows = truth.query
+  /** Asks again while the server is away. */
+  const rows: typeof truth.query = (text, params) =>
+    Effect.retry(truth.query(text, params), { while: Database.isTransient, schedule: Schedule.spaced(50), times: 1200 })
   const value = <A = number>(text: string, params?: ReadonlyArray<unknown>) =>
     Effect.map(rows(text, params), ([row]) => Object.values(row ?? {})[0] as A)
   const recorded = <A = number>(text: string, params?: ReadonlyArray<unknown>) =>

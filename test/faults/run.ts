@@ -1,0 +1,96 @@
+/**
+ * Runs the scenarios of faults and writes what they measured into docs/faults.md.
+ *
+ * ```sh
+ * npm run faults                      # everything once
+ * npm run faults -- D4 "C6"           # some, by name
+ * npm run faults -- --repeat 5        # everything five times
+ * ```
+ */
+import { spawnSync } from "node:child_process"
+import { mkdtempSync, readFileSync, writeFileSync } from "node:fs"
+import { cpus, tmpdir } from "node:os"
+import { join } from "node:path"
+import { parseArgs } from "node:util"
+
+interface Result {
+  readonly name: string
+  readonly passed: boolean
+  readonly figures: Readonly<Record<string, string | number>>
+}
+
+const { positionals: ids, values } = parseArgs({
+  allowPositionals: true,
+  options: { repeat: { type: "string", default: "1" } }
+})
+const home = join(import.meta.dirname, "..", "..")
+const results: Array<ReadonlyArray<Result>> = []
+const begun = performance.now()
+
+for (let round = 1; round <= Number(values.repeat); round++) {
+  const out = join(mkdtempSync(join(tmpdir(), "faults-")), "results.json")
+  const named = ids.length === 0 ? [] : ["-t", ids.map((id) => `(^| )${id} `).join("|")]
+  const { status } = spawnSync(
+    process.execPath,
+    [
+      join(home, "node_modules", "vitest", "vitest.mjs"),
+      "run",
+      "--config",
+      join(import.meta.dirname, "vitest.config.ts"),
+      ...named
+    ],
+    { cwd: home, stdio: "inherit", env: { ...process.env, FAULTS: "full", FAULTS_RESULTS: out } }
+  )
+  if (status !== 0) process.exitCode = 1
+  results.push(JSON.parse(readFileSync(out, "utf8")))
+}
+
+const written = (value: string | number): string =>
+  typeof value === "string" ? value : value >= 100 ? String(Math.round(value)) : String(Math.round(value * 10) / 10)
+
+/** The figures of all rounds: the worst, which is the largest, of each that is a number. */
+const figuresOf = (rounds: ReadonlyArray<Result>): string => {
+  const worst = new Map<string, string | number>()
+  for (const { figures } of rounds) {
+    for (const [name, value] of Object.entries(figures)) {
+      const known = worst.get(name)
+      worst.set(name, typeof value === "number" && typeof known === "number" ? Math.max(value, known) : value)
+    }
+  }
+  return [...worst].map(([name, value]) => `${name} ${written(value)}`).join(", ")
+}
+
+const names = [...new Set(results.flat().map(({ name }) => name))].toSorted((a, b) =>
+  a.localeCompare(b, "en", { numeric: true })
+)
+const rows = names.map((name) => {
+  const rounds = results.flat().filter((result) => result.name === name)
+  const [id, ...what] = name.split(/ (?=[a-z])/)
+  return `| ${id} | ${what.join(" ")} | ${rounds.filter(({ passed }) => passed).length} of ${rounds.length} | ${
+    figuresOf(rounds)
+  } |`
+})
+const minutes = Math.round((performance.now() - begun) / 60_000)
+const report = [
+  `The last run: ${new Date().toISOString().slice(0, 10)}, ${
+    results.length === 1 ? "once" : `${results.length} times`
+  }, ${minutes} minutes, on ${cpus().length} cores. Numbers without a unit are milliseconds, and the largest of all runs.`,
+  "",
+  "| | what happens | passed | measured |",
+  "| - | - | - | - |",
+  ...rows
+].join("\n")
+process.stdout.write(`\n${report}\n`)
+
+// Some scenarios are no report.
+if (ids.length === 0) {
+  const page = join(home, "docs", "faults.md")
+  const text = readFileSync(page, "utf8")
+  writeFileSync(
+    page,
+    text.replace(
+      /(<!-- results -->\n)[\s\S]*(\n<!-- \/results -->)/,
+      (_, before, after) => `${before}\n${report}\n${after}`
+    )
+  )
+}

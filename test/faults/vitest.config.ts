@@ -1,0 +1,29 @@
+import { writeFileSync } from "node:fs"
+import { join } from "node:path"
+import { defineConfig } from "vitest/config"
+import type { Reporter, TestModule } from "vitest/node"
+
+/** Writes what the scenarios have measured where `FAULTS_RESULTS` says. */
+const figures: Reporter = {
+  onTestRunEnd: (modules: ReadonlyArray<TestModule>) => {
+    const results = modules.flatMap((module) =>
+      [...module.children.allTests()].map((test) => ({
+        name: test.name,
+        passed: test.result().state === "passed",
+        figures: test.meta().figures ?? {}
+      }))
+    )
+    writeFileSync(process.env["FAULTS_RESULTS"]!, JSON.stringify(results))
+  }
+}
+
+/** All scenarios, one after the other: each has the machine for itself. */
+export default defineConfig({
+  test: {
+    include: [join(import.meta.dirname, "*.test.ts")],
+    globalSetup: join(import.meta.dirname, "..", "support", "postgres.ts"),
+    fileParallelism: false,
+    reporters: ["default", figures],
+    hookTimeout: 60_000
+  }
+})
