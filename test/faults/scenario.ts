@@ -1,7 +1,6 @@
 /** How a scenario is written: an id, what it does, and what it measured. */
 import { layer } from "@effect/vitest"
-import { Effect, type Scope } from "effect"
-import type { StartOptions } from "../support/embedded.ts"
+import { Effect, type Layer, type Scope } from "effect"
 import { makeStage, type Stage, type StageOptions, Victim } from "./stage.ts"
 
 /** The whole of it, with `npm run faults`; otherwise the short form, as a part of `npm test`. */
@@ -36,9 +35,9 @@ export type Scenario = (
 export const scenarios = (
   title: string,
   define: (scenario: Scenario) => void,
-  server?: StartOptions
+  victim: Layer.Layer<Victim> = Victim.layer()
 ): void =>
-  layer(Victim.layer(server), { excludeTestServices: true, timeout: 60_000 })(
+  layer(victim, { excludeTestServices: true, timeout: 60_000 })(
     title,
     (it) =>
       define((id, what, options, body) => {

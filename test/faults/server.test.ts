@@ -2,16 +2,28 @@
 import { PgClient } from "@effect/sql-pg"
 import { assert } from "@effect/vitest"
 import { Context, Duration, Effect, Exit, Fiber, Layer, Option, Redacted } from "effect"
-import { chmodSync, existsSync, mkdtempSync, readFileSync, writeFileSync } from "node:fs"
+import { execFileSync } from "node:child_process"
+import {
+  chmodSync,
+  closeSync,
+  existsSync,
+  mkdtempSync,
+  openSync,
+  readFileSync,
+  rmSync,
+  writeFileSync,
+  writeSync
+} from "node:fs"
 import { tmpdir } from "node:os"
 import { dirname, join } from "node:path"
 import { probeText } from "../../src/Store.ts"
 import { Pay, Work } from "../programs/actor.ts"
+import { ownServer } from "../support/database.ts"
 import type { EmbeddedPostgres } from "../support/embedded.ts"
 import { serverProcesses } from "../support/processes.ts"
 import { until } from "../support/queue.ts"
 import { full, scenarios } from "./scenario.ts"
-import type { Actor, Stage } from "./stage.ts"
+import { type Actor, type Stage, Victim } from "./stage.ts"
 
 /** The sessions of processes under test. */
 const theirs =
@@ -462,31 +474,151 @@ if (existsSync(stepped)) {
   const step = (by: string) => Effect.sync(() => writeFileSync(clock, by))
   writeFileSync(clock, "+0")
   chmodSync(dirname(clock), 0o755)
-  scenarios("a server whose clock steps", (scenario) => {
-    for (const by of ["-1h", "+1h"]) {
-      scenario(`D21 ${by}`, "the server's clock steps", {}, (stage) =>
-        Effect.gen(function*() {
-          const { producers, schedulers, workers } = yield* stage.fleet()
-          const rescued = stage.value("select count(*)::int from pgqueue.attempt where tag = 'Lost'")
-          yield* step(by)
-          yield* Effect.sleep(15_000)
-          const lost = yield* rescued
-          yield* step("+0")
-          yield* Effect.sleep(10_000)
-          allRun([...producers, ...schedulers, ...workers])
-          assert.strictEqual(lost, 0, "jobs of living workers that were rescued")
-          // What waits for an hour that is gone is due when it comes round; here it comes at once.
-          const counts = yield* stage.finish({ clockStepped: true })
-          return { lost, ...counts }
-        }))
-    }
-  }, {
-    environment: {
-      LD_PRELOAD: stepped,
-      FAKETIME_TIMESTAMP_FILE: clock,
-      FAKETIME_NO_CACHE: "1",
-      FAKETIME_DONT_FAKE_MONOTONIC: "1",
-      FAKETIME_DONT_RESET: "1"
-    }
-  })
+  scenarios(
+    "a server whose clock steps",
+    (scenario) => {
+      for (const by of ["-1h", "+1h"]) {
+        scenario(`D21 ${by}`, "the server's clock steps", {}, (stage) =>
+          Effect.gen(function*() {
+            const { producers, schedulers, workers } = yield* stage.fleet()
+            const rescued = stage.value("select count(*)::int from pgqueue.attempt where tag = 'Lost'")
+            yield* step(by)
+            yield* Effect.sleep(15_000)
+            const lost = yield* rescued
+            yield* step("+0")
+            yield* Effect.sleep(10_000)
+            allRun([...producers, ...schedulers, ...workers])
+            assert.strictEqual(lost, 0, "jobs of living workers that were rescued")
+            // What waits for an hour that is gone is due when it comes round; here it comes at once.
+            const counts = yield* stage.finish({ clockStepped: true })
+            return { lost, ...counts }
+          }))
+      }
+    },
+    Victim.layer({
+      environment: {
+        LD_PRELOAD: stepped,
+        FAKETIME_TIMESTAMP_FILE: clock,
+        FAKETIME_NO_CACHE: "1",
+        FAKETIME_DONT_FAKE_MONOTONIC: "1",
+        FAKETIME_DONT_RESET: "1"
+      }
+    })
+  )
 }
+
+scenarios("a primary with a standby", (scenario) => {
+  for (const kind of ["sync", "async"] as const) {
+    scenario(
+      `D12 ${kind}`,
+      "a standby takes over, and the primary of before stays as it is",
+      { minutes: 4 },
+      (stage) =>
+        Effect.gen(function*() {
+          yield* pgCtl(stage.victim, "stop", "-m", "fast")
+          const standby = yield* ownServer({ standbyOf: stage.victim })
+          yield* pgCtl(stage.victim, "start")
+          if (kind === "sync") {
+            yield* stage.rows("alter system set synchronous_standby_names = '*'")
+            yield* stage.rows("select pg_reload_conf()")
+          }
+          yield* until(
+            "it follows",
+            Effect.map(
+              stage.value<string>(
+                "select coalesce(max(sync_state), '') from pg_stat_replication where state = 'streaming'"
+              ),
+              (state) => state === kind
+            )
+          )
+          const { producers, schedulers, workers } = yield* stage.fleet()
+          yield* stage.during(
+            "fail-over",
+            Effect.gen(function*() {
+              yield* stage.rows("alter system set default_transaction_read_only = on")
+              yield* stage.rows("select pg_reload_conf()")
+              yield* pgCtl(standby, "promote")
+              yield* stage.lead(standby.url)
+            })
+          )
+          stage.crashed("fail-over")
+          const figures = yield* recovered(stage, 10_000)
+          allRun([...producers, ...schedulers, ...workers])
+          if (kind === "sync") return { ...figures, ...yield* stage.finish() }
+          // What was acknowledged and not yet copied is lost with such a standby: of the last moment before, and nothing else.
+          const counts = yield* stage.finish({ lossy: true })
+          const lost = yield* stage.value(
+            "select count(*)::int from evidence.intent i where outcome = 'acked' and not exists (select 1 from pgqueue.finished f where f.id = i.job)"
+          )
+          const early = yield* stage.recorded(
+            `select count(*)::int from intent where outcome = 'acked' and key = any ($1::uuid[])
+           and answered_at < (select min(begun_at) from fault) - interval '1 second'`,
+            [(yield* stage.rows<{ key: string }>(
+              "select i.key::text from evidence.intent i where outcome = 'acked' and not exists (select 1 from pgqueue.finished f where f.id = i.job)"
+            )).map(({ key }) => key)]
+          )
+          assert.strictEqual(early, 0)
+          return { ...figures, lost, ...counts }
+        })
+    )
+  }
+}, Victim.layer({ settings: { wal_level: "replica", max_wal_senders: 5, wal_keep_size: "256MB" } }))
+
+/** Writes until there is no room left. */
+const fill = (path: string): void => {
+  const file = openSync(path, "w")
+  try {
+    for (;;) writeSync(file, Buffer.alloc(65_536, 1))
+  } catch {
+    closeSync(file)
+  }
+}
+
+/** A file system with so much room. */
+const small = Effect.acquireRelease(
+  Effect.sync(() => {
+    const folder = mkdtempSync(join(tmpdir(), "small-"))
+    execFileSync("mount", ["-t", "tmpfs", "-o", "size=384m,mode=0755", "tmpfs", folder])
+    return folder
+  }),
+  (folder) =>
+    Effect.sync(() => {
+      execFileSync("umount", ["-l", folder])
+      rmSync(folder, { recursive: true, force: true })
+    })
+)
+
+const fullDisk = Layer.effect(
+  Victim,
+  // What is written again and again is to be written to new files soon.
+  Effect.flatMap(
+    small,
+    (within) => ownServer({ within, settings: { max_wal_size: "64MB", min_wal_size: "32MB", wal_recycle: "off" } })
+  )
+)
+
+scenarios("a server on a small disk", (scenario) => {
+  scenario("D13", "the disk is full for 20 s", { minutes: 4 }, (stage) =>
+    Effect.gen(function*() {
+      const { producers, schedulers, workers } = yield* stage.fleet()
+      const filler = join(stage.victim.dataDir, "..", "..", "filler")
+      yield* stage.during(
+        "full",
+        Effect.gen(function*() {
+          fill(filler)
+          yield* Effect.sleep(20_000)
+          rmSync(filler)
+          // When the log of changes had no room either it has given up.
+          const up = yield* Effect.exit(pgCtl(stage.victim, "status"))
+          if (Exit.isFailure(up)) {
+            stage.crashed("full")
+            yield* startAgain(stage.victim)
+          }
+        })
+      )
+      stage.crashed("full")
+      const figures = yield* recovered(stage, 10_000)
+      allRun([...producers, ...schedulers, ...workers])
+      return { ...figures, ...yield* stage.finish({ within: 120_000 }) }
+    }))
+}, fullDisk)

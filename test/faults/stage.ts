@@ -72,8 +72,10 @@ export interface StageOptions {
 export const makeStage = Effect.fnUntraced(function*(options: StageOptions = {}) {
   const victim = yield* Victim
   const { name: databaseName, url: redacted } = yield* makeDatabase(victim.url)
-  const url = Redacted.value(redacted)
-  const net = yield* makeNet(url)
+  const net = yield* makeNet(Redacted.value(redacted))
+  // The way of those who only look: nothing is done to it.
+  const direct = yield* makeNet(Redacted.value(redacted))
+  const { url } = direct
   const elsewhere = yield* makeDatabase(inject("databaseUrl"))
   const ledgerUrl = Redacted.value(elsewhere.url)
   const ledger = Context.get(yield* Layer.build(Layer.fresh(Ledger.layer(ledgerUrl, "stage"))), Ledger)
@@ -82,7 +84,7 @@ export const makeStage = Effect.fnUntraced(function*(options: StageOptions = {})
   yield* Effect.forEach(ledgerTables, (text) => ledger.query(text))
 
   /** A queue of this process, directly on the server, for what a scenario enqueues and asks itself. */
-  const PgLive = PgClient.layer({ url: redacted, applicationName: "stage", maxConnections: 4 })
+  const PgLive = PgClient.layer({ url: Redacted.make(url), applicationName: "stage", maxConnections: 4 })
   const services = yield* Layer.build(Layer.fresh(
     Layer.provideMerge(
       JobQueue.layer(options.queue),
@@ -299,6 +301,8 @@ export const makeStage = Effect.fnUntraced(function*(options: StageOptions = {})
     fleet,
     runsEnded,
     during,
+    /** Leads everybody to another server that has the same database. */
+    lead: (target: string) => Effect.andThen(net.lead(target), direct.lead(target)),
     /** Says that the server has crashed: what it had not written down is forgotten. */
     crashed: (what: string) => crashes.push(what),
     recoveries,
