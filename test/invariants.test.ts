@@ -2,8 +2,8 @@
 import { PgClient } from "@effect/sql-pg"
 import { assert, describe, it } from "@effect/vitest"
 import { Effect, Layer, Redacted } from "effect"
-import { databaseUrl, rows, withQueue } from "./support/queue.ts"
 import { evidence, invariants, watch } from "./faults/invariants.ts"
+import { databaseUrl, rows, withQueue } from "./support/queue.ts"
 
 const [a, b, c, d] = ["a", "b", "c", "d"].map((letter) => `'${letter.repeat(8)}-0000-0000-0000-000000000000'::uuid`)
 const now = "clock_timestamp()"

@@ -12,8 +12,8 @@ export interface Which {
 
 /** A point in the life of one request. */
 export interface Cut {
-  /** Part of the statement's text. */
-  readonly text: string
+  /** Part of the statement's text, or what all of it is. */
+  readonly text: string | RegExp
   /** Part of its parameters, as they are sent. */
   readonly param?: string
   readonly process?: string
@@ -205,7 +205,10 @@ export const makeNet = Effect.fnUntraced(function*(target: string): Effect.fn.Re
     for (const { params, text } of requests) {
       for (const cut of cuts) {
         const { on } = cut
-        if (!session.name.startsWith(on.process ?? "") || !text.includes(on.text)) continue
+        if (
+          !session.name.startsWith(on.process ?? "") ||
+          !(typeof on.text === "string" ? text.includes(on.text) : on.text.test(text))
+        ) continue
         if (!params.includes(on.param ?? "") || --cut.left > 0) continue
         cuts.delete(cut)
         return { on, act: cut.hit }

@@ -22,6 +22,7 @@ import { ownServer } from "../support/database.ts"
 import type { EmbeddedPostgres } from "../support/embedded.ts"
 import { serverProcesses } from "../support/processes.ts"
 import { until } from "../support/queue.ts"
+import type { Cut } from "./net.ts"
 import { full, scenarios } from "./scenario.ts"
 import { type Actor, type Stage, Victim } from "./stage.ts"
 
@@ -390,14 +391,14 @@ scenarios("the server, of many kinds", (scenario) => {
 
   /** Statements whose COMMIT is their own, by what they are known by, and who sends them. */
   const commits: ReadonlyArray<
-    readonly [what: string, cut: { readonly text: string; readonly param?: string; readonly process: string }]
+    readonly [what: string, cut: Omit<Cut, "at" | "nth">]
   > = [
     ["an enqueue", { text: "refuse_", process: "producer" }],
-    ["an enqueue in a transaction", { text: "COMMIT", process: "producer" }],
+    ["an enqueue in a transaction", { text: /^COMMIT$/, process: "producer" }],
     ["a claim", { text: "array_agg(id) from picked", process: "worker" }],
     ["a completion", { text: "finished", process: "worker" }],
     ["a failure", { text: "as i(lease, id, ", param: "failed", process: "worker" }],
-    ["the end of a transactional handler", { text: "COMMIT", process: "worker" }],
+    ["the end of a transactional handler", { text: /^COMMIT$/, process: "worker" }],
     ["a rescue", { text: "'Lost'", process: "worker" }],
     ["a tick", { text: "moved as (", process: "scheduler" }]
   ]

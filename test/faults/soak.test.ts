@@ -1,6 +1,6 @@
 /** Half an hour of mixed load, in which everything happens to everybody; `npm run faults:soak`. A minute of it with the others. */
 import { assert } from "@effect/vitest"
-import { Effect, Fiber } from "effect"
+import { Effect, Fiber, Random } from "effect"
 import { now, until } from "../support/queue.ts"
 import { scenarios } from "./scenario.ts"
 import type { Actor } from "./stage.ts"
@@ -78,7 +78,7 @@ scenarios("a soak", (scenario) => {
       while ((yield* now) < end) {
         yield* any(deed)
         deeds++
-        yield* Effect.sleep(1000 + Math.random() * 9000)
+        yield* Effect.sleep(yield* Random.nextIntBetween(1000, 10_000))
       }
       yield* Fiber.join(watching)
       yield* until(
