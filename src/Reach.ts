@@ -36,6 +36,9 @@ const bound = 15_000
 const isRefusal = (error: SqlError): boolean =>
   !Database.isConnectionLoss(error) && !/^(28|3D|42501)/.test(Database.sqlState(error) ?? "28")
 
+/** A standby, which may be promoted, can neither LISTEN nor NOTIFY; the server's queue of notifications may be full. */
+const isUndecided = (error: SqlError): boolean => Database.sqlState(error) === "25006" || Database.isFullOfNews(error)
+
 /** The settings of the client for another address. What the URL does not say of the session is the client's. */
 const at = (config: PgClient.PgClientConfig, url: Redacted.Redacted): PgClient.PgClientConfig => ({
   ...config,
@@ -122,11 +125,9 @@ export const find = (
     const there = direct === undefined ? client.config : at(client.config, direct)
     const [speaker, listener] = yield* Effect.all([open(client.config), open(there)], { concurrency: 2 })
     const listens = yield* hears(speaker.session, listener.session, listener.way.settled ? tries : 1).pipe(
-      // Who cannot LISTEN. A standby cannot either, until it is promoted, and then nobody asks again.
-      Effect.catchIf(
-        (error) => !Database.isConnectionLoss(error) || Database.sqlState(error) === "25006",
-        (error) => Effect.succeed(Database.sqlState(error) === "25006")
-      )
+      Effect.catchIf((error) => isUndecided(error) || !Database.isConnectionLoss(error), (error) =>
+        // Nobody asks again: as it would be without a pooler.
+        Effect.succeed(isUndecided(error) && speaker.way.settled && listener.way.settled))
     )
     if (!listens) yield* Effect.logWarning(`effect-pgqueue: ${deafness(speaker.way, direct !== undefined)}`)
     // An address that does not hear the client's announcements may be that of another database.
