@@ -67,6 +67,9 @@ export const makePgBouncer = Effect.fnUntraced(function*(
     logfile: join(home, "log"),
     pool_mode: "transaction",
     default_pool_size: 10,
+    // By default PgBouncer does not try again for 15 s after a login at the server that failed, and a pause that catches
+    // it at one counts as that: every client then waits.
+    server_login_retry: 1,
     max_client_conn: 500,
     auth_type: "scram-sha-256",
     auth_file: join(home, "users"),
