@@ -15,6 +15,7 @@ import type * as Scope from "effect/Scope"
 import * as SqlClient from "effect/sql/SqlClient"
 import { ConnectionError, isSqlError, SqlError } from "effect/sql/SqlError"
 import * as Bounded from "./Bounded.ts"
+import * as Way from "./Way.ts"
 
 /**
  * The ways to the database that one queue uses.
@@ -44,46 +45,20 @@ export interface Database {
    * only one connection.
    */
   readonly hot: SqlClient.SqlClient
+  /**
+   * Whether the sessions of these have the settings of the queue's own. Not those of a client that is no `PgClient`, nor
+   * those that a pooler lends for a transaction: what is safe only with them is not for these.
+   */
+  readonly settled: boolean
   /** Opens a session that nobody else can hold up; `undefined` when the client is not a `PgClient`. */
   readonly connect:
     | ((settings?: Record<string, string>) => Effect.Effect<PgConnection.PgConnection, SqlError, Scope.Scope>)
     | undefined
+  /** Whether LISTEN in such a session hears what others announce. */
+  readonly listens: boolean
+  /** Opens what `query` does over such a session; over the client's own pool when it is not a `PgClient`. */
+  readonly alone: Effect.Effect<Database["query"], SqlError, Scope.Scope>
 }
-
-const isPgClient = (client: SqlClient.SqlClient): client is PgClient.PgClient =>
-  Predicate.hasProperty(client, PgClient.TypeId)
-
-/**
- * Connection settings of the queue's own sessions, from those of the application's client.
- */
-const ownConfig = (config: PgClient.PgClientConfig) =>
-  ({
-    ...config,
-    // What shapes values and statements for the application must not shape them for the queue.
-    types: undefined,
-    multiplex: false,
-    // A cut link must not look alive for the two hours of the kernel's default.
-    keepAlive: config.keepAlive ?? "10 seconds",
-    applicationName: config.applicationName ?? "effect-pgqueue",
-    startupParameters: {
-      // A frozen process must not keep locks.
-      idle_in_transaction_session_timeout: "60s",
-      jit: "off",
-      ...config.startupParameters,
-      // What the role or the database sets for the application: a sweep or a settle that is cancelled half-way, and sent
-      // again as it was, never ends. The queue bounds its statements itself.
-      statement_timeout: "0",
-      lock_timeout: "0",
-      idle_session_timeout: "0",
-      default_transaction_isolation: "read committed",
-      default_transaction_read_only: "off",
-      search_path: "pg_catalog",
-      datestyle: "ISO",
-      intervalstyle: "postgres",
-      // A plan made while a table was empty must not be kept: it turns one claim into a scan of seconds.
-      plan_cache_mode: "force_custom_plan"
-    }
-  }) satisfies PgConnection.Config
 
 /**
  * What makes a plan safe to keep, whatever the tables looked like when it was made: none that reads a table from end to
@@ -107,30 +82,73 @@ const planOnce = {
  * A `PgClient` lends its connection settings, and the queue opens two small pools of its own with them, so that neither
  * the size, the multiplexing nor the name transforms of the application's pool matter: one for the statements that every
  * job goes through, which are planned once a session, and one for all others, which are planned for the values that they
- * come with. Each has half of the connections; where there is only one, it plans each time. Any other client is used as it
- * is, each statement in a READ COMMITTED transaction.
+ * come with. Each has half of the connections; where there is only one, it plans each time. Through a pooler that lends a
+ * session for a transaction it is one pool, and each statement is sent unprepared in a READ COMMITTED transaction. Any
+ * other client is used as it is, in the same manner. Without a `reach` the `PgClient` reaches the server itself.
  */
 export const make = Effect.fnUntraced(function*(
   client: SqlClient.SqlClient,
-  options: { readonly maxConnections: number }
+  options: { readonly maxConnections: number; readonly reach?: Way.Reach | undefined }
 ): Effect.fn.Return<Database, SqlError, Scope.Scope> {
   const app = client.withoutTransforms()
-  if (!isPgClient(client)) {
+  if (!Way.isPgClient(client)) {
     // Out of the application's transaction, if the fiber is in one: with a connection of its own.
     const outside = Context.omit(app.transactionService)
     const query: Database["query"] = <A extends object>(text: string, params: ReadonlyArray<unknown>) =>
       Effect.updateContext(transaction(app, app.unsafe<A>(text, params).unprepared), outside)
     const oftenInOrder: Database["oftenInOrder"] = (text, params) =>
       Effect.updateContext(transaction(app, app.unsafe(text, params).valuesUnprepared), outside)
-    return { app, own: app, hot: app, query, often: query, oftenInOrder, connect: undefined }
+    return {
+      app,
+      own: app,
+      hot: app,
+      query,
+      often: query,
+      oftenInOrder,
+      settled: false,
+      connect: undefined,
+      listens: false,
+      alone: Effect.succeed(query)
+    }
   }
-  const config = ownConfig(client.config)
-  const pool = (config: PgConnection.Config, maxConnections: number) =>
-    PgClient.make({ ...config, maxConnections }).pipe(
-      Effect.provideServiceEffect(Reactivity.Reactivity, Reactivity.make),
-      Effect.map((pool) => pool.withoutTransforms())
-    )
   const { maxConnections } = options
+  const direct = Way.settled(client.config)
+  const { listens, pools, sessions } = options.reach ?? { pools: direct, sessions: direct, listens: true }
+  const withReactivity = <A, E>(self: Effect.Effect<A, E, Reactivity.Reactivity | Scope.Scope>) =>
+    Effect.provideServiceEffect(self, Reactivity.Reactivity, Reactivity.make)
+  const pool = (config: PgConnection.Config, maxConnections: number) =>
+    Effect.map(
+      withReactivity(PgClient.make({ ...config, maxConnections })),
+      (pool) => pool.withoutTransforms()
+    )
+  const connect: Database["connect"] = (settings) =>
+    PgConnection.make(
+      sessions.settled
+        ? { ...sessions.config, startupParameters: { ...sessions.config.startupParameters, ...settings } }
+        : sessions.config
+    )
+  const alone: Database["alone"] = sessions.settled
+    ? Effect.map(connect(), (session) =>
+    // Sound as far as the caller is right about the columns of its statement, as with any client.
+    <A extends object>(text: string, params: ReadonlyArray<unknown>) =>
+      Effect.map(session.query(text, params), ({ rows }) => rows as ReadonlyArray<A>))
+    : Effect.map(withReactivity(PgClient.makeClient(sessions.config)), (session) => {
+      const client = session.withoutTransforms()
+      return <A extends object>(text: string, params: ReadonlyArray<unknown>) =>
+        transaction(client, client.unsafe<A>(text, params).unprepared)
+    })
+
+  if (!pools.settled) {
+    const own = yield* pool(pools.config, maxConnections)
+    // Inside a transaction of the pool a statement is a part of that.
+    const each = <A>(self: Effect.Effect<A, SqlError>) =>
+      Effect.withFiber<A, SqlError>((fiber) => inTransaction(own, fiber.context) ? self : transaction(own, self))
+    const query: Database["query"] = <A extends object>(text: string, params: ReadonlyArray<unknown>) =>
+      each(own.unsafe<A>(text, params).unprepared)
+    const oftenInOrder: Database["oftenInOrder"] = (text, params) => each(own.unsafe(text, params).valuesUnprepared)
+    return { app, own, hot: own, query, often: query, oftenInOrder, settled: false, connect, listens, alone }
+  }
+  const { config } = pools
   const own = yield* pool(config, Math.max(1, maxConnections >> 1))
   const hot = maxConnections === 1 ? own : yield* pool(
     { ...config, startupParameters: { ...config.startupParameters, ...planOnce } },
@@ -146,8 +164,10 @@ export const make = Effect.fnUntraced(function*(
     query: (text, params) => own.unsafe(text, params),
     often: (text, params) => oftenFrom((client) => client.unsafe(text, params)),
     oftenInOrder: (text, params) => oftenFrom((client) => client.unsafe(text, params).values),
-    connect: (settings) =>
-      PgConnection.make({ ...config, startupParameters: { ...config.startupParameters, ...settings } })
+    settled: true,
+    connect,
+    listens,
+    alone
   }
 })
 
@@ -309,6 +329,23 @@ export const isReplay = (error: SqlError): boolean => {
 }
 
 /**
+ * What a pooler says for good.
+ *
+ * PgBouncer 1.18 has one code for all that it says itself, 08P01. For good: `unsupported startup parameter: …`, `SASL
+ * authentication failed`, and what it passes on of the server's refusal, `database "…" does not exist`. For a while:
+ * `query_wait_timeout`, `idle transaction timeout`, `no more connections allowed (max_client_conn)`, `server login has been
+ * failing, try again later (server_login_retry)`, `server conn crashed?`, `client_login_timeout (server down)`, and what it
+ * passes on of a server that starts up. Often it closes the connection before that is read: then there is no code.
+ */
+const forGood =
+  /startup parameter|does not exist|no such|auth|rejected|password|ssl required|unsupported|not allowed in/i
+
+/** A server that finds the protocol violated names the function that did; a pooler names none. */
+const isPoolerOutage = (cause: unknown): boolean =>
+  Predicate.hasProperty(cause, "message") && !Predicate.hasProperty(cause, "routine") &&
+  !forGood.test(String(cause.message))
+
+/**
  * Returns `true` when the same statement may succeed later: an outage, a restart, a lock, a conflict.
  *
  * **Details**
@@ -321,7 +358,7 @@ export const isTransient = (error: unknown): boolean => {
   if (state === undefined) {
     return error.reason._tag === "ConnectionError" || /closed|timed out|terminated|rolled back/i.test(error.message)
   }
-  if (state === "08P01") return false
+  if (state === "08P01") return isPoolerOutage(error.reason.cause)
   return state === alreadyEnded ||
     /^(08|40|53|58|57P|57014|55P03|25006|25P0[23]|XX000|0A000|26000)/.test(state)
 }

@@ -8,6 +8,7 @@ import * as Config from "effect/Config"
 import * as Context from "effect/Context"
 import * as Effect from "effect/Effect"
 import * as Layer from "effect/Layer"
+import type * as Redacted from "effect/Redacted"
 import * as Semaphore from "effect/Semaphore"
 import * as SqlClient from "effect/sql/SqlClient"
 import type { SqlError } from "effect/sql/SqlError"
@@ -17,9 +18,11 @@ import * as Database from "./Database.ts"
 import { type Enqueued, EnqueueError } from "./Enqueue.ts"
 import * as Grouping from "./Grouping.ts"
 import * as Migrations from "./Migrations.ts"
+import * as Reach from "./Reach.ts"
 import * as Store from "./Store.ts"
 import * as UniqueKeys from "./UniqueKeys.ts"
 import * as Wakeup from "./Wakeup.ts"
+import * as Way from "./Way.ts"
 
 export { JobQueueError } from "./Migrations.ts"
 
@@ -50,6 +53,13 @@ export interface Options {
    * time. A client that is no `PgClient` uses its own pool instead. Default 8.
    */
   readonly maxConnections?: number | undefined
+  /**
+   * The address of the server itself, where the client goes through a transaction pooler, which loses notifications and
+   * the settings of a session: the listener, the notifier and the heartbeat connect there, one session each, and jobs are
+   * heard of at once. A complete URL, with the user, the password and `sslmode`; the client's other settings hold, its
+   * `ssl` where the URL says nothing. Default none: through such a pooler jobs are found by polling.
+   */
+  readonly directUrl?: Redacted.Redacted | undefined
   /** Allow enqueues inside a transaction of another `SqlClient`; they are not part of it. Default `false`. */
   readonly allowForeignTransaction?: boolean | undefined
 }
@@ -96,6 +106,10 @@ export class JobQueue extends Context.Service<JobQueue, {
    *
    * A `PgClient` gives LISTEN/NOTIFY and connections of the queue's own, made from its settings. Any other client on
    * PostgreSQL works by polling. Keep the layer in one constant and share it, so that everything uses one queue.
+   *
+   * At the start two sessions find out whether the client reaches the server itself. Through a transaction pooler the queue
+   * prepares nothing, sends each statement in a transaction and works by polling, with a warning, unless it is given the
+   * server's own address as `directUrl`.
    *
    * Fails with `JobQueueError` when the storage or the server is not what is needed, and with `SqlError`.
    *
@@ -160,26 +174,35 @@ const make = Effect.fnUntraced(function*(options: Options) {
   if (!Number.isInteger(maxConnections) || maxConnections < 1) {
     return yield* invalid("maxConnections must be a positive integer")
   }
+  if (options.directUrl !== undefined && !Reach.isUrl(options.directUrl)) {
+    return yield* invalid("directUrl must be a redacted URL that begins with postgres:// or postgresql://")
+  }
+  /** Tries again while the database is not there, unless that is not wanted. */
+  const patiently = <A, E>(self: Effect.Effect<A, E>): Effect.Effect<A, E> =>
+    options.onUnavailable === "fail" ? self : self.pipe(
+      Effect.tapError((error) =>
+        Database.isTransient(error)
+          ? Effect.logWarning(`effect-pgqueue: waiting for the database (${Database.describe(error)})`)
+          : Effect.void
+      ),
+      Effect.retry({ while: Database.isTransient, schedule: Database.backoff })
+    )
   const client = yield* SqlClient.SqlClient
-  const database = yield* Bounded.open(Database.make(client, { maxConnections }))
+  const reach = Way.isPgClient(client) ? yield* patiently(Reach.find(client, options.directUrl)) : undefined
+  const database = yield* Bounded.open(Database.make(client, { maxConnections, reach }))
   const store = Store.make(database, schema)
 
-  const prepare = Effect.gen(function*() {
+  yield* patiently(Effect.gen(function*() {
     yield* Migrations.verifyServer(database.own)
     if (options.migrate ?? true) yield* Migrations.run(database.own, schema)
     yield* Migrations.verify(database.own, schema)
-  })
-  yield* options.onUnavailable === "fail" ? prepare : prepare.pipe(
-    Effect.tapError((error) =>
-      Database.isTransient(error)
-        ? Effect.logWarning(`effect-pgqueue: waiting for the database (${Database.describe(error)})`)
-        : Effect.void
-    ),
-    Effect.retry({ while: Database.isTransient, schedule: Database.backoff })
-  )
+  }))
   const wakeup = yield* Bounded.open(Wakeup.make(database, schema))
-  const mode = database.connect === undefined ? "poll" : "listen"
-  yield* Effect.logInfo(`effect-pgqueue: schema "${schema}", ${mode === "listen" ? "LISTEN/NOTIFY" : "polling only"}`)
+  const mode = database.listens ? "listen" : "poll"
+  const pooled = reach?.pools.settled === false ? ", statements through a pooler" : ""
+  yield* Effect.logInfo(
+    `effect-pgqueue: schema "${schema}", ${mode === "listen" ? "LISTEN/NOTIFY" : "polling only"}${pooled}`
+  )
 
   const awaiting = yield* Awaiting.make(store, wakeup)
 

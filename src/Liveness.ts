@@ -3,7 +3,6 @@
  *
  * @since 0.1.0
  */
-import type * as PgConnection from "@effect/sql-pg/PgConnection"
 import * as Cause from "effect/Cause"
 import * as Clock from "effect/Clock"
 import { SecureRandom } from "effect/crypto"
@@ -152,19 +151,11 @@ export const make = Effect.fnUntraced(function*(options: {
 
   const pause = Effect.timeoutOption(kick.await, options.beat)
 
-  const beats = (session: PgConnection.PgConnection | undefined) =>
-    beat(
-      session === undefined
-        ? options.database.query
-        : (text, params) => Effect.map(session.query(text, params), ({ rows }) => rows)
-    ).pipe(
-      Effect.andThen(pause),
-      Effect.forever
-    )
-  const life: Effect.Effect<never, SqlError | Bounded.TimedOut, Scope.Scope> = options.database.connect === undefined
-    ? beats(undefined)
-    // A connection of its own: handlers and claims must not be able to hold up the beat.
-    : Effect.flatMap(options.database.connect(), beats)
+  // Over a connection of its own: handlers and claims must not be able to hold up the beat.
+  const life: Effect.Effect<never, SqlError | Bounded.TimedOut, Scope.Scope> = Effect.flatMap(
+    options.database.alone,
+    (send) => Effect.forever(Effect.andThen(beat(send), pause))
+  )
 
   /** When a blocked event loop was last reported. */
   let blockedAt = -Infinity

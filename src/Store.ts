@@ -64,6 +64,13 @@ export const probeText = "select 1 as here"
 /** Announces queues: one statement, whatever their number. */
 export const notifyText = "select pg_notify($1::text, p)::text as sent from unnest($2::text[]) as p"
 
+/** The same in a session without the setting: nothing is lost with it, so it commits without waiting for the disk. */
+export const notifyLazilyText = `select set_config('synchronous_commit', 'off', true),
+    pg_notify($1::text, p)::text as sent from unnest($2::text[]) as p`
+
+/** Asks what a session was given at its start. */
+export const givenText = "select coalesce(current_setting($1::text, true), '') as given"
+
 /**
  * Builds the statements for one schema.
  */
@@ -72,8 +79,7 @@ export const make = (db: Database.Database, schema: string) => {
   const insertion = Insertion.statements(s)
   const claimText = Claim.statement(s)
   const settlement = Settlement.statements(s)
-  // Without LISTEN nobody hears it.
-  const channel = db.connect === undefined ? "" : Database.channelOf(schema)
+  const channel = Database.channelOf(schema)
   const inspection = Inspection.make(db, s)
   const people = Intervention.people(db)
   const intervention = Intervention.make(db, s, people)
@@ -120,7 +126,7 @@ export const make = (db: Database.Database, schema: string) => {
         Effect.asVoid(
           // Their last look is safe only with the settings of the queue's own sessions. `insert`, which brings its own,
           // takes a replay as it is.
-          db.connect === undefined
+          !db.settled
             ? often(insertion.insert, Insertion.columnsOf(jobs))
             : jobs.length === 1
             ? often(insertion.insertNewOne, Insertion.oneColumnsOf(jobs[0]!, channel, notification))

@@ -141,7 +141,7 @@ export const make = Effect.fnUntraced(function*(db: Database.Database, schema: s
 
   const withInsert = (queue: string, delay: number): Announcement | undefined => {
     const at = now()
-    if (db.connect === undefined || delay > horizon || at < apartUntil || at < quietSince + lull) return undefined
+    if (!db.settled || delay > horizon || at < apartUntil || at < quietSince + lull) return undefined
     // A round is about to go, and this one goes with it.
     if (dirty.size > 0) return undefined
     // Who is here is told sooner by a mark than by any NOTIFY.
@@ -188,13 +188,15 @@ export const make = Effect.fnUntraced(function*(db: Database.Database, schema: s
     say(scheduleWritten)
   }
 
-  if (db.connect !== undefined) {
+  const { connect } = db
+  if (connect !== undefined) {
     // Nothing is lost with this session, so it commits without waiting for the disk.
-    const connect = db.connect({ synchronous_commit: "off" })
+    const open = connect({ synchronous_commit: "off" })
+    const notifyText = db.settled ? Store.notifyText : Store.notifyLazilyText
     const notifier = (succeeded: Effect.Effect<void>) =>
       Bounded.scoped(Effect.gen(function*() {
         // Before there is anything to say: what is said first must not wait for a connection.
-        const session = yield* connect
+        const session = yield* open
         ownProcess = session.processId
         let saved = mostAtOnce
         let at = now()
@@ -211,7 +213,7 @@ export const make = Effect.fnUntraced(function*(db: Database.Database, schema: s
           const news = [...told]
           told.clear()
           const payloads = [...round.map(([queue, delay]) => payloadOf(queue, delay)), ...news]
-          yield* Bounded.bounded(session.query(Store.notifyText, [channel, payloads]), 5000).pipe(
+          yield* Bounded.bounded(session.query(notifyText, [channel, payloads]), 5000).pipe(
             // Announced late is better than never.
             Effect.onError(() =>
               Effect.sync(() => {
@@ -255,8 +257,7 @@ export const make = Effect.fnUntraced(function*(db: Database.Database, schema: s
   }
 
   const wanted = Latch.makeUnsafe(false)
-  const { connect } = db
-  if (connect !== undefined) {
+  if (connect !== undefined && db.listens) {
     const listener = (succeeded: Effect.Effect<void>) =>
       listenOnce({
         connect: connect(),

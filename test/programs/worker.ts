@@ -12,6 +12,8 @@ import * as Jobs from "./jobs.ts"
 /** What the tests may say of a worker process. */
 export interface WorkerProgram {
   readonly url: string
+  /** The server's own address, where `url` is that of a pooler. */
+  readonly directUrl?: string
   /** Where the handlers write what they do, when that is not the queue's database. */
   readonly ledgerUrl?: string
   /** Also the `application_name` of every session of the queue and the application. */
@@ -27,10 +29,12 @@ export interface WorkerProgram {
 process.on("disconnect", () => process.kill(process.pid, "SIGKILL"))
 
 // Sound: the tests write it from the same type.
-const { name, url, ledgerUrl = url, ...options } = JSON.parse(process.argv[2]!) as WorkerProgram
+const { directUrl, name, url, ledgerUrl = url, ...options } = JSON.parse(process.argv[2]!) as WorkerProgram
 
 const PgLive = PgClient.layer({ url: Redacted.make(url), applicationName: name })
-const QueueLive = JobQueue.layer().pipe(Layer.provideMerge(PgLive))
+const QueueLive = JobQueue.layer({
+  directUrl: directUrl === undefined ? undefined : Redacted.make(directUrl)
+}).pipe(Layer.provideMerge(PgLive))
 const WorkerLive = Worker.layer({ ...options, name, jobs: Jobs.all }).pipe(
   Layer.provide(Jobs.handlers),
   Layer.provide(Ledger.layer(ledgerUrl, name)),

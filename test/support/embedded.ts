@@ -56,7 +56,8 @@ export interface EmbeddedPostgres {
   readonly stop: () => Promise<void>
 }
 
-interface Owner {
+/** Whom the server runs as, when that is not the user of this process. */
+export interface Owner {
   readonly uid?: number
   readonly gid?: number
 }
@@ -171,7 +172,7 @@ function versionFromEnvironment(): PostgresVersion {
 }
 
 /** PostgreSQL refuses to run as root, so root needs another user to run it as. */
-async function serverOwner(): Promise<Owner> {
+export async function serverOwner(): Promise<Owner> {
   if (process.getuid?.() !== 0) return {}
   const id = async (flag: string, name: string) => Number((await run("id", [flag, name])).stdout)
   const look = async (name: string) => ({ uid: await id("-u", name), gid: await id("-g", name) })

@@ -1,0 +1,147 @@
+/**
+ * How the connections of a client reach the server: whether they keep what they are told, and hear what others say. Found
+ * out at the start, because a pooler in between fails in silence.
+ *
+ * @since 0.1.0
+ */
+import type * as PgClient from "@effect/sql-pg/PgClient"
+import * as PgConnection from "@effect/sql-pg/PgConnection"
+import { SecureRandom } from "effect/crypto"
+import * as Effect from "effect/Effect"
+import * as Queue from "effect/Queue"
+import * as Redacted from "effect/Redacted"
+import type * as Scope from "effect/Scope"
+import type { SqlError } from "effect/sql/SqlError"
+import * as Bounded from "./Bounded.ts"
+import * as Database from "./Database.ts"
+import * as Store from "./Store.ts"
+import * as Way from "./Way.ts"
+
+/** A setting that no server, role or pooler has: whoever finds its value has the session that it was sent for. */
+const marker = "effect_pgqueue.session"
+
+/**
+ * The same for all: behind a pooler a session goes on listening when nobody does, and must not collect channels.
+ */
+const channel = "effect_pgqueue probe"
+
+/** How long a notification may take, in milliseconds, and how often it is tried where it should come: a server may be busy. */
+const hearBound = 1000
+const tries = 3
+
+/** How long all of it may take, in milliseconds, the connections included. */
+const bound = 15_000
+
+/** An attempt that failed of what may be refused by who does not know it, such as a pooler. */
+const isRefusal = (error: SqlError): boolean =>
+  !Database.isConnectionLoss(error) && !/^(28|3D|42501)/.test(Database.sqlState(error) ?? "28")
+
+/** A standby, which may be promoted, can neither LISTEN nor NOTIFY; the server's queue of notifications may be full. */
+const isUndecided = (error: SqlError): boolean => Database.sqlState(error) === "25006" || Database.isFullOfNews(error)
+
+/** The settings of the client for another address. What the URL does not say of the session is the client's. */
+const at = (config: PgClient.PgClientConfig, url: Redacted.Redacted): PgClient.PgClientConfig => ({
+  ...config,
+  url,
+  host: undefined,
+  port: undefined,
+  path: undefined,
+  stream: undefined,
+  database: undefined,
+  username: undefined,
+  password: undefined,
+  ssl: new URL(Redacted.value(url)).searchParams.has("sslmode") ? undefined : config.ssl
+})
+
+/**
+ * Returns `true` for a URL that a connection can be made from.
+ */
+export const isUrl = (url: unknown): boolean =>
+  Redacted.isRedacted(url) && URL.canParse(String(Redacted.value(url))) &&
+  /^postgres(ql)?:$/.test(new URL(String(Redacted.value(url))).protocol)
+
+/** Opens a session, and finds out whether it has its settings. Without them, if they are refused. */
+const open = Effect.fnUntraced(function*(
+  config: PgClient.PgClientConfig
+): Effect.fn.Return<
+  { readonly session: PgConnection.PgConnection; readonly way: Way.Way },
+  SqlError,
+  Scope.Scope
+> {
+  const settled = Way.settled(config)
+  const pooled = Way.pooled(config)
+  const mark = SecureRandom.uuidV4Unsafe()
+  const startupParameters = { ...settled.config.startupParameters, [marker]: mark }
+  const marked = PgConnection.make({ ...settled.config, prepare: false, startupParameters })
+  return yield* Effect.flatMap(
+    marked,
+    (session) =>
+      Effect.map(session.query(Store.givenText, [marker]), ({ rows }) => ({
+        session,
+        // Somebody in between may also drop them without a word.
+        way: rows[0]?.["given"] === mark ? settled : pooled
+      }))
+  ).pipe(
+    Effect.catchIf(
+      isRefusal,
+      () => Effect.map(PgConnection.make(pooled.config), (session) => ({ session, way: pooled }))
+    )
+  )
+})
+
+/** Whether what one session announces is heard by the other. */
+const hears = Effect.fnUntraced(function*(
+  speaker: PgConnection.PgConnection,
+  listener: PgConnection.PgConnection,
+  attempts: number
+) {
+  const notifications = yield* listener.listen(channel)
+  const word = SecureRandom.uuidV4Unsafe()
+  const heard = Effect.repeat(Queue.take(notifications), { until: ({ payload }) => payload === word })
+  for (let attempt = 0; attempt < attempts; attempt++) {
+    yield* speaker.query(Store.notifyText, [channel, [word]])
+    const found = yield* Effect.map(Bounded.bounded(heard, hearBound), () => true).pipe(
+      Effect.catchIf((error) => error instanceof Bounded.TimedOut, () => Effect.succeed(false))
+    )
+    if (found) return true
+  }
+  return false
+})
+
+/**
+ * Finds out how a `PgClient` reaches the server, and says once what is to be known of it. `direct` is the address of the
+ * server itself, where the client has another one.
+ *
+ * **Details**
+ *
+ * Two sessions are opened at once. Each asks for a setting that it was opened with, one listens, and the other notifies.
+ * Fails with a transient error while there is no database.
+ */
+export const find = (
+  client: PgClient.PgClient,
+  direct: Redacted.Redacted | undefined
+): Effect.Effect<Way.Reach, SqlError> =>
+  Bounded.scoped(Effect.gen(function*() {
+    const there = direct === undefined ? client.config : at(client.config, direct)
+    const [speaker, listener] = yield* Effect.all([open(client.config), open(there)], { concurrency: 2 })
+    const listens = yield* hears(speaker.session, listener.session, listener.way.settled ? tries : 1).pipe(
+      Effect.catchIf((error) => isUndecided(error) || !Database.isConnectionLoss(error), (error) =>
+        // Nobody asks again: as it would be without a pooler.
+        Effect.succeed(isUndecided(error) && speaker.way.settled && listener.way.settled))
+    )
+    if (!listens) yield* Effect.logWarning(`effect-pgqueue: ${deafness(speaker.way, direct !== undefined)}`)
+    // An address that does not hear the client's announcements may be that of another database.
+    return { pools: speaker.way, sessions: listens ? listener.way : speaker.way, listens }
+  })).pipe(Database.answeredWithin(bound))
+
+/** Why nothing is heard, and what to do. */
+const deafness = (way: Way.Way, direct: boolean): string => {
+  const so = "jobs are found by polling"
+  const planned = way.settled ? "" : ", and statements are planned each time"
+  if (direct) {
+    return `LISTEN at directUrl does not hear what the client announces: ${so}${planned}. Is it the address of the same database, and of the server itself?`
+  }
+  return way.settled
+    ? `LISTEN hears nothing over the client's connections: ${so}. Something between them and the server loses notifications; give JobQueue.layer the server's own address as directUrl`
+    : `the client goes through a transaction pooler, where settings of a session and LISTEN have no effect: ${so}${planned}. Give JobQueue.layer the server's own address as directUrl to hear of jobs at once`
+}

@@ -1,0 +1,82 @@
+/**
+ * How the queue's own sessions are opened, with the settings of the application's client.
+ *
+ * @since 0.1.0
+ */
+import * as PgClient from "@effect/sql-pg/PgClient"
+import type * as PgConnection from "@effect/sql-pg/PgConnection"
+import * as Predicate from "effect/Predicate"
+import type * as SqlClient from "effect/sql/SqlClient"
+
+/** A way to the server. */
+export interface Way {
+  readonly config: PgConnection.Config
+  /** Whether its sessions have the settings that they are opened with, and keep what was prepared in them. */
+  readonly settled: boolean
+}
+
+/**
+ * The ways over which a `PgClient` reaches the server.
+ */
+export interface Reach {
+  /** For the pools. */
+  readonly pools: Way
+  /** For the sessions that listen, notify and beat. */
+  readonly sessions: Way
+  /** Whether what is announced over the former is heard over the latter. */
+  readonly listens: boolean
+}
+
+/**
+ * Returns `true` when the client lends its settings for connections of the queue's own.
+ */
+export const isPgClient = (client: SqlClient.SqlClient): client is PgClient.PgClient =>
+  Predicate.hasProperty(client, PgClient.TypeId)
+
+/** Connection settings of the queue's own sessions, as far as any server and any pooler takes them. */
+const bareConfig = (config: PgClient.PgClientConfig) =>
+  ({
+    ...config,
+    // What shapes values and statements for the application must not shape them for the queue.
+    types: undefined,
+    multiplex: false,
+    // A cut link must not look alive for the two hours of the kernel's default.
+    keepAlive: config.keepAlive ?? "10 seconds",
+    applicationName: config.applicationName ?? "effect-pgqueue"
+  }) satisfies PgConnection.Config
+
+/**
+ * The way of the queue's own sessions, with the settings of the application's client: to the server itself.
+ */
+export const settled = (config: PgClient.PgClientConfig): Way => ({
+  settled: true,
+  config: {
+    ...bareConfig(config),
+    startupParameters: {
+      // A frozen process must not keep locks.
+      idle_in_transaction_session_timeout: "60s",
+      jit: "off",
+      ...config.startupParameters,
+      // What the role or the database sets for the application: a sweep or a settle that is cancelled half-way, and sent
+      // again as it was, never ends. The queue bounds its statements itself.
+      statement_timeout: "0",
+      lock_timeout: "0",
+      idle_session_timeout: "0",
+      default_transaction_isolation: "read committed",
+      default_transaction_read_only: "off",
+      search_path: "pg_catalog",
+      datestyle: "ISO",
+      intervalstyle: "postgres",
+      // A plan made while a table was empty must not be kept: it turns one claim into a scan of seconds.
+      plan_cache_mode: "force_custom_plan"
+    }
+  }
+})
+
+/**
+ * The same through a pooler, where each transaction may have another session: nothing is set in one, and nothing prepared.
+ */
+export const pooled = (config: PgClient.PgClientConfig): Way => ({
+  settled: false,
+  config: { ...bareConfig(config), prepare: false }
+})
