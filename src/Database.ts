@@ -50,7 +50,10 @@ export interface Database {
     | undefined
 }
 
-const isPgClient = (client: SqlClient.SqlClient): client is PgClient.PgClient =>
+/**
+ * Returns `true` for a client that lends its connection settings.
+ */
+export const isPgClient = (client: SqlClient.SqlClient): client is PgClient.PgClient =>
   Predicate.hasProperty(client, PgClient.TypeId)
 
 /**

@@ -18,6 +18,7 @@ import { type Enqueued, EnqueueError } from "./Enqueue.ts"
 import * as Grouping from "./Grouping.ts"
 import * as Migrations from "./Migrations.ts"
 import * as Store from "./Store.ts"
+import * as Transport from "./Transport.ts"
 import * as UniqueKeys from "./UniqueKeys.ts"
 import * as Wakeup from "./Wakeup.ts"
 
@@ -52,6 +53,11 @@ export interface Options {
   readonly maxConnections?: number | undefined
   /** Allow enqueues inside a transaction of another `SqlClient`; they are not part of it. Default `false`. */
   readonly allowForeignTransaction?: boolean | undefined
+  /**
+   * Go on although the `PgClient` connects to another host without TLS, or without verifying its certificate: passwords and
+   * payloads can then be read on the way. Default `false`: fail with `InsecureConnection`.
+   */
+  readonly allowInsecure?: boolean | undefined
 }
 
 /**
@@ -161,6 +167,12 @@ const make = Effect.fnUntraced(function*(options: Options) {
     return yield* invalid("maxConnections must be a positive integer")
   }
   const client = yield* SqlClient.SqlClient
+  const insecure = options.allowInsecure === true || !Database.isPgClient(client)
+    ? undefined
+    : Transport.problemOf(client.config)
+  if (insecure !== undefined) {
+    return yield* new Migrations.JobQueueError({ reason: "InsecureConnection", message: insecure })
+  }
   const database = yield* Bounded.open(Database.make(client, { maxConnections }))
   const store = Store.make(database, schema)
 

@@ -24,6 +24,7 @@ import * as Database from "./Database.ts"
  * - `Unsupported`: not PostgreSQL 15 or newer, not UTF-8, or a schema newer than this library.
  * - `ForeignClient`: a transactional handler was built on another `SqlClient` than the queue's.
  * - `QueueNotConsumed`: a queue was named that no listed job uses.
+ * - `InsecureConnection`: the client connects to another host without verified TLS; nothing was sent.
  * - `InvalidOption`: an option is out of range, or two listed jobs handle one kind; the message names it.
  *
  * @category errors
@@ -31,7 +32,14 @@ import * as Database from "./Database.ts"
  */
 export class JobQueueError extends Schema.TaggedError<JobQueueError>()("JobQueueError", {
   message: Schema.String,
-  reason: Schema.Literals(["NotMigrated", "Unsupported", "ForeignClient", "QueueNotConsumed", "InvalidOption"])
+  reason: Schema.Literals([
+    "NotMigrated",
+    "Unsupported",
+    "ForeignClient",
+    "QueueNotConsumed",
+    "InsecureConnection",
+    "InvalidOption"
+  ])
 }) {}
 
 /** The largest payload or result, in bytes of JSON text; held by a CHECK and by `enqueue`. */
