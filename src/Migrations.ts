@@ -411,7 +411,12 @@ export const run = Effect.fn("Migrations.run")(
       )
       // Two 32-bit keys: a namespace of our own ("pgqq") and the schema. Transaction-level, so that no pooler can leak it.
       yield* sql.unsafe(`select pg_advisory_xact_lock(1885827953, hashtext($1))`, [schema])
-      yield* sql.unsafe(`create schema if not exists ${quoted}`)
+      // Asked first: the owner of a schema that is there need not have the right to create one, which is asked for even then.
+      const [schemaIs] = yield* sql.unsafe<{ missing: boolean }>(
+        "select pg_catalog.to_regnamespace($1::text) is null as missing",
+        [quoted]
+      )
+      if (schemaIs?.missing !== false) yield* sql.unsafe(`create schema if not exists ${quoted}`)
       yield* Migrator.make({})({
         table: `${schema}.migration`,
         loader: Effect.succeed(migrations.map(([id, name, statements]) =>

@@ -289,6 +289,27 @@ export const make = (db: Database.Database, schema: string) => {
       )),
 
     /**
+     * Fails with what the server says when this role may not work. The statements of a worker, as they are sent, for nobody.
+     */
+    mayWork: (): Effect.Effect<void, SqlError> =>
+      Effect.all([
+        rows(`delete from ${s}.worker where id = $1::uuid`, [Database.firstId]),
+        rows(
+          claimText,
+          Claim.paramsOf({
+            worker: Database.firstId,
+            lease: Database.firstId,
+            queue: "",
+            lanes: [],
+            kinds: [],
+            prefixes: [],
+            limit: 0
+          })
+        ),
+        rows(settlement.release, [Database.firstId, []])
+      ], { concurrency: "unbounded", discard: true }),
+
+    /**
      * Removes a worker that has handed everything back.
      */
     unregister: (worker: string): Effect.Effect<void, SqlError> =>

@@ -14,6 +14,8 @@ import type * as Runtime from "effect/Runtime"
 import type * as Scope from "effect/Scope"
 import * as SqlClient from "effect/sql/SqlClient"
 import type { SqlError } from "effect/sql/SqlError"
+import * as Bounded from "./Bounded.ts"
+import * as Database from "./Database.ts"
 import type * as Job from "./Job.ts"
 import { JobQueue, JobQueueError } from "./JobQueue.ts"
 import * as Loop from "./Loop.ts"
@@ -66,6 +68,9 @@ type Needs<J extends ReadonlyArray<Job.Any>, M> =
  * Claims only kinds it has a handler for. When the scope closes it stops claiming, hands back what it has not started,
  * gives running handlers the grace period, interrupts the rest and hands their jobs back without spending an attempt.
  *
+ * Fails with `JobQueueError` when an option does not fit, and with `SqlError` (`AuthorizationError`) when the role it logs
+ * in as may not work.
+ *
  * **Gotchas**
  *
  * Effect's `runMain` ends with code 130 after SIGTERM; pass it {@link teardown} for 0.
@@ -109,7 +114,7 @@ export const layer = <const J extends ReadonlyArray<Job.Any>, M extends Job.Midd
  * For cron hosts and serverless. Jobs that are due later are left in line. `completed` and `failed` count runs: a job
  * that fails and is due again at once is run again.
  *
- * Fails with `SqlError` when the database refuses the claims for good.
+ * Fails with `SqlError` when the database refuses the claims for good, or the role it logs in as may not work.
  *
  * **Example** (Working through what is due)
  *
@@ -179,6 +184,9 @@ export const logged: Job.Middleware = (run, job) =>
 export const teardown: Runtime.Teardown = (exit, onExit) =>
   onExit(Exit.isSuccess(exit) || Cause.hasInterruptsOnly(exit.cause) ? 0 : 1)
 
+/** How long the start of a worker waits to learn whether its role may work, in milliseconds. */
+const permissionBound = 1000
+
 const start = Effect.fnUntraced(function*(
   options: Options<ReadonlyArray<Job.Any>, Job.Middleware<unknown>>,
   limit?: number
@@ -209,6 +217,12 @@ const start = Effect.fnUntraced(function*(
       "effect-pgqueue: without a PgClient the heartbeat goes through the pool of the transactional handlers: give it more connections than handlers that run at once, or their jobs are lost"
     )
   }
+  // A worker waits for a database that is away, and would go on asking one that refuses it everything. What keeps this from
+  // being answered is for the loop to deal with.
+  yield* Bounded.bounded(queue.internal.store.mayWork(), permissionBound).pipe(
+    Effect.withTracerEnabled(false),
+    Effect.catch((error) => Database.isDenied(error) ? Effect.fail(error) : Effect.void)
+  )
   return yield* Loop.start({
     ...queue.internal,
     ...settings,
