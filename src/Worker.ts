@@ -10,12 +10,14 @@ import * as Effect from "effect/Effect"
 import * as Exit from "effect/Exit"
 import * as Layer from "effect/Layer"
 import * as Option from "effect/Option"
+import * as Predicate from "effect/Predicate"
 import type * as Runtime from "effect/Runtime"
 import type * as Scope from "effect/Scope"
 import * as SqlClient from "effect/sql/SqlClient"
 import type { SqlError } from "effect/sql/SqlError"
 import * as Bounded from "./Bounded.ts"
 import * as Database from "./Database.ts"
+import * as Enqueue from "./Enqueue.ts"
 import type * as Job from "./Job.ts"
 import { JobQueue, JobQueueError } from "./JobQueue.ts"
 import * as Loop from "./Loop.ts"
@@ -38,7 +40,7 @@ export interface Options<J extends ReadonlyArray<Job.Any>, M> {
   readonly middleware?: ReadonlyArray<M> | undefined
   /** How many jobs of one queue run at once where `queues` does not say. Default 10. */
   readonly concurrency?: number | undefined
-  /** A name for people to read; a worker is identified by a UUID made at start. Default `"worker"`. */
+  /** A name for people to read, 1 to 200 characters; a worker is identified by a UUID made at start. Default `"worker"`. */
   readonly name?: string | undefined
   /** How long running handlers may go on when the worker is told to stop. Default 20 s. */
   readonly gracePeriod?: Duration.Input | undefined
@@ -202,6 +204,13 @@ const start = Effect.fnUntraced(function*(
       message: `two of the listed jobs handle "${router.ambiguous}"`
     })
   }
+  // Stored with the worker, at every start: what the database could not hold would be tried again and again.
+  const problem = Enqueue.problemOfName("name", options.name ?? "worker", 200) ??
+    settings.queues.map(([name]) => Enqueue.problemOfName("queue", name, 128)).find(Predicate.isString) ??
+    [...router.kinds, ...router.prefixes.filter((prefix) => prefix !== "")].map((kind) =>
+      Enqueue.problemOfName("kind", kind, 200)
+    ).find(Predicate.isString)
+  if (problem !== undefined) return yield* new JobQueueError({ reason: "InvalidOption", message: problem })
   const { database } = queue.internal
   for (const handler of router.transactional) {
     const client = Context.getOption(Context.merge(context, handler.context), SqlClient.SqlClient)

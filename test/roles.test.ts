@@ -5,13 +5,12 @@ import { Context, DateTime, Deferred, Effect, Exit, Layer, Logger, Option, Redac
 import { SqlClient, type SqlError } from "effect/sql"
 import { randomBytes } from "node:crypto"
 import { readFileSync } from "node:fs"
-import { connect, createServer, type Socket } from "node:net"
 import { join } from "node:path"
 import * as Database from "../src/Database.ts"
 import { Admin, CronScheduler, Job, JobQueue, Maintenance, Worker } from "../src/index.ts"
 import { TestDatabase } from "./support/database.ts"
+import { overhear } from "./support/overheard.ts"
 import { until } from "./support/queue.ts"
-import { readRequests } from "./support/wire.ts"
 
 const file = readFileSync(join(import.meta.dirname, "../docs/roles.sql"), "utf8")
 
@@ -232,43 +231,6 @@ const enqueueing = Effect.gen(function*() {
   yield* statement(`select pgqueue.enqueue('pay', '{"secret":"sql"}')`)
   const both = `select pgqueue.enqueue('pay', '{"secret":"sql"}', unique_key => '${key} sql')::text as id`
   assert.deepStrictEqual(yield* statement(both), yield* statement(both))
-})
-
-/** A way to the server on which claims are counted. */
-const overhear = Effect.fnUntraced(function*(target: string) {
-  const url = new URL(target)
-  const { hostname, port } = url
-  const sockets = new Set<Socket>()
-  let claims = 0
-  const server = createServer((client) => {
-    const upstream = connect(Number(port), hostname)
-    const read = readRequests()
-    client.on("data", (chunk: Buffer) => {
-      claims += read(chunk).filter(({ text }) => text.startsWith("with me as")).length
-      upstream.write(chunk)
-    })
-    upstream.on("data", (chunk) => client.write(chunk))
-    for (const [socket, other] of [[client, upstream], [upstream, client]] as const) {
-      sockets.add(socket)
-      socket.setNoDelay(true)
-      socket.on("error", () => other.destroy())
-      socket.on("close", () => other.destroy())
-    }
-  })
-  yield* Effect.acquireRelease(
-    Effect.callback<void>((resume) => {
-      server.listen(0, "127.0.0.1", () => resume(Effect.void))
-    }),
-    () =>
-      Effect.sync(() => {
-        for (const socket of sockets) socket.destroy()
-        server.close()
-      })
-  )
-  const address = server.address()
-  url.hostname = "127.0.0.1"
-  url.port = String(typeof address === "object" && address !== null ? address.port : 0)
-  return { url: url.href, claims: () => claims }
 })
 
 layer(fixture, { excludeTestServices: true, timeout: "60 seconds" })("the role", (it) => {
@@ -554,6 +516,7 @@ layer(fixture, { excludeTestServices: true, timeout: "60 seconds" })("the role",
       const started = yield* Deferred.make<void>()
       class Quiet extends Job.make("quiet", { queue: "quiet" }) {}
       const wire = yield* overhear(Redacted.value(url))
+      const claims = () => wire.texts.filter((text) => text.startsWith("with me as")).length
       yield* Layer.build(
         Worker.layer({ jobs: [Quiet] }).pipe(
           Layer.provide(Quiet.toLayer(() => Effect.asVoid(Deferred.succeed(started, undefined)))),
@@ -566,7 +529,7 @@ layer(fixture, { excludeTestServices: true, timeout: "60 seconds" })("the role",
       const forge = (payload: string, seconds: number) =>
         Effect.gen(function*() {
           const sql = yield* SqlClient.SqlClient
-          const before = wire.claims()
+          const before = claims()
           for (let round = 0; round < seconds * 10; round++) {
             yield* sql.unsafe(
               `select pg_notify('${channel}', payload) from (select i, ${payload} as payload from generate_series(${
@@ -575,17 +538,17 @@ layer(fixture, { excludeTestServices: true, timeout: "60 seconds" })("the role",
             )
             yield* Effect.sleep("100 millis")
           }
-          return wire.claims() - before
+          return claims() - before
         }).pipe(Effect.provide(client("public")))
-      yield* until("it listens and has looked", Effect.sync(() => wire.claims() > 0))
-      const claims = yield* forge(
+      yield* until("it listens and has looked", Effect.sync(() => claims() > 0))
+      const heeded = yield* forge(
         `case i % 8 when 0 then 'canary ' || i when 1 then 'cancel ' || gen_random_uuid() when 2 then 'end ' || gen_random_uuid()
          when 3 then '0' when 4 then '0 not-our-queue' || i when 5 then E'\\u0001\n' || i when 6 then '12345678 quiet' || i
          else repeat('é', 3000) || i end`,
         3
       )
       // A claim for each look, and when that was from where the last one has stopped, one from the front.
-      assert.isAtMost(claims, 10)
+      assert.isAtMost(heeded, 10)
       // What looks like one of ours cannot be told from it, and costs a claim, one at a time.
       assert.isAtMost(yield* forge("'0 quiet'", 1), 40)
       yield* forge("'schedule'", 1)

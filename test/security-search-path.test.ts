@@ -8,6 +8,7 @@ import { Admin, CronScheduler, Job, JobQueue, Worker } from "../src/index.ts"
 import { allInPlace, rows, running, untilValue, value, withQueue } from "./support/queue.ts"
 
 class Note extends Job.make("note", { payload: { n: Schema.Finite }, success: Schema.Finite, error: Schema.String }) {}
+class Keyed extends Job.make("keyed", { unique: () => "s" }) {}
 class Write extends Job.make("write", { queue: "writes" }) {}
 
 const src = join(import.meta.dirname, "../src")
@@ -149,9 +150,12 @@ describe("a search_path that somebody else has filled", () => {
 
           const handlers = Layer.mergeAll(
             Note.toLayer(({ n }) => n === 1 ? Effect.succeed(n) : Effect.fail("no")),
-            Write.toLayer(() => Effect.asVoid(Effect.flatMap(PgClient.PgClient, (sql) => sql`select 1`)), {
-              transactional: true
-            })
+            Write.toLayer(
+              () => Effect.orDie(Effect.asVoid(Effect.flatMap(PgClient.PgClient, (sql) => sql`select 1`))),
+              {
+                transactional: true
+              }
+            )
           )
           yield* Write.enqueue()
           yield* running(
@@ -190,9 +194,7 @@ describe("a search_path that somebody else has filled", () => {
           }))
           const entry = CronScheduler.make("s", {
             every: "1 hour",
-            job: Note,
-            payload: { n: 1 },
-            unique: "s",
+            job: Keyed,
             overlap: "queue"
           })
           yield* here(Effect.gen(function*() {
