@@ -155,9 +155,8 @@ describe("canaries", () => {
           const own = /duplicate|syntax|missing|check|raised/.test(kind) ? "canary-sql" : secret
           yield* Pay.enqueue({ secret: `${kind} ${own}` }, { maxAttempts: 2, metadata })
         }
-        yield* rows(
-          `select pgqueue.enqueue('pay', '{"secret": {"canary-payload": 1}, "x": "canary-payload"}', max_attempts => 1)`
-        )
+        const undecodable = JSON.stringify({ secret: { [secret]: 1 }, x: secret })
+        yield* rows("select pgqueue.enqueue('pay', $1::json, max_attempts => 1)", [undecodable])
         const hanging = yield* Pay.enqueue({ secret: `hang ${secret}` })
         const cancelled = yield* Pay.enqueue({ secret: `ok ${secret}` }, { delay: "1 hour" })
         yield* Admin.cancel(cancelled.id, { reason: "canary-failure" })
