@@ -41,7 +41,7 @@ class Roles extends Context.Service<Roles, {
   /** As the superuser, who owns nothing here. */
   readonly rows: (text: string, params?: ReadonlyArray<unknown>) => Effect.Effect<ReadonlyArray<any>, SqlError.SqlError>
   readonly client: (role: Role) => Layer.Layer<PgClient.PgClient | SqlClient.SqlClient, SqlError.SqlError>
-}>()("effect-pgqueue/test/roles/Roles") {
+}>()("effect-pgqueue/test/roles.test/Roles") {
   static readonly layer = Layer.effect(
     Roles,
     Effect.gen(function*() {

@@ -19,11 +19,14 @@ class Pay extends Job.make("pay", {
 }) {}
 
 /** How each run ends, by what is in front of its payload. */
-const ends: Record<string, (secret: string) => Effect.Effect<{ receipt: string }, Declined, SqlClient.SqlClient>> = {
-  ok: () => Effect.as(Job.progress("canary-progress") as Effect.Effect<void>, { receipt: "canary-result" }),
+const ends: Record<
+  string,
+  (secret: string) => Effect.Effect<{ receipt: string }, Declined, SqlClient.SqlClient | Job.Current>
+> = {
+  ok: () => Effect.as(Job.progress("canary-progress"), { receipt: "canary-result" }),
   typed: () => Effect.fail(new Declined({ why: "canary-failure" })),
   defect: () => Effect.die(new Error("canary-failure")),
-  discard: () => Job.discard("canary-failure") as Effect.Effect<never>,
+  discard: () => Job.discard("canary-failure"),
   duplicate: (secret) =>
     Effect.orDie(
       Effect.flatMap(SqlClient.SqlClient, (sql) =>

@@ -122,7 +122,12 @@ describe("a search_path that somebody else has filled", () => {
           const id = crypto.randomUUID()
           yield* here(Effect.gen(function*() {
             yield* Note.enqueue({ n: 1 })
-            yield* Note.enqueue({ n: 1 }, { id, runAt: new Date(), timeout: "1 minute", metadata: { a: "b" } })
+            yield* Note.enqueue({ n: 1 }, {
+              id,
+              runAt: DateTime.makeUnsafe(0),
+              timeout: "1 minute",
+              metadata: { a: "b" }
+            })
             yield* Note.enqueue({ n: 1 }, { id })
             yield* Note.enqueueAll([{ n: 1 }, { n: 2 }], { delay: "1 millis" })
             yield* untouched("enqueue in a transaction")

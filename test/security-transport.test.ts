@@ -8,7 +8,7 @@ import { inspect } from "node:util"
 import { JobQueue } from "../src/index.ts"
 import type * as Queue from "../src/JobQueue.ts"
 import * as Transport from "../src/Transport.ts"
-import * as certificates from "./support/certificates.ts"
+import * as certificates from "./support/certs.ts"
 
 const password = "canary-of-the-password"
 
