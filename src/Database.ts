@@ -380,6 +380,11 @@ export const isConnectionLoss = (error: unknown): boolean =>
   isSqlError(error) && isTransient(error) && /^(08|57P|25006|58|53)/.test(sqlState(error) ?? "08")
 
 /**
+ * Returns `true` when the role of the client may not do this: nothing but a grant mends it.
+ */
+export const isDenied = (error: unknown): error is SqlError => isSqlError(error) && sqlState(error) === "42501"
+
+/**
  * Returns `true` when the server gave up a statement because it took too long.
  */
 export const isStatementTimeout = (error: unknown): boolean => isSqlError(error) && sqlState(error) === "57014"

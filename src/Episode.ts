@@ -6,6 +6,7 @@
 import * as Cause from "effect/Cause"
 import * as Effect from "effect/Effect"
 import * as Database from "./Database.ts"
+import * as Outcome from "./Outcome.ts"
 
 /**
  * The failures of one loop.
@@ -27,7 +28,7 @@ export const make = (what: string): Episode => {
   let failing = false
   const failed: Episode["failed"] = (cause) =>
     Effect.suspend(() => {
-      if (failing) return Effect.logDebug(`effect-pgqueue: ${what} still does not go through`, Cause.pretty(cause))
+      if (failing) return Effect.logDebug(`effect-pgqueue: ${what} still does not go through`, Outcome.describe(cause))
       failing = true
       const error = cause.reasons.find(Cause.isFailReason)?.error ?? Cause.squash(cause)
       return Effect.logWarning(`effect-pgqueue: ${what} does not go through (${Database.describe(error)})`)

@@ -106,7 +106,7 @@ const statements = (s: string) => {
   const jobs = `fresh as materialized (
       select w.id, w.at, m.name, m.kind, m.queue, m.priority, m.max_attempts, m.timeout_ms, m.payload, m.metadata,
         m.overlap = 'queue' as awaited, m.unique_key, m.unique_until,
-        clock.now + m.unique_period_ms * interval '1 millisecond' as expires_at,
+        clock.now + m.unique_period_ms::float8 * interval '1 millisecond' as expires_at,
         greatest(clock.now, w.at + w.spread * interval '1 millisecond') as run_at
       from wanted w join mine m using (name) cross join clock
       where not exists (select 1 from ${s}.finished f where f.id = w.id offset 0)
@@ -147,7 +147,7 @@ const statements = (s: string) => {
   } as at from unnest($1::text[], $2::text[]) as i(name, at)) t join mine m using (name)
       ) t
     ), wanted as materialized (
-      select name, at, id, pg_catalog.random() * jitter_ms as spread from ticks where heeded = 'allow' or (n = 1 and not busy)
+      select name, at, id, pg_catalog.random() * jitter_ms::float8 as spread from ticks where heeded = 'allow' or (n = 1 and not busy)
     ), delayed as materialized (
       select name, pg_catalog.array_agg(at order by at) as ats from (
         select name, at from ticks where waits except select m.name, w.at from mine m cross join lateral pg_catalog.unnest(m.waiting) as w(at)
@@ -165,7 +165,7 @@ const statements = (s: string) => {
     ) r`
   // As it is where nothing is added: written anew, a full one is 80 KB at every tick.
   const waiting = `case when d.ats is null or pg_catalog.cardinality(s.waiting) >= ${mostWaiting} then s.waiting
-      else (s.waiting || d.ats)[1:${mostWaiting}] end`
+      else (pg_catalog.array_cat(s.waiting, d.ats))[1:${mostWaiting}] end`
 
   // Locked rows are somebody else's: what he does with them, he does. A row that has changed since it was read is dropped by
   // the conditions, which are looked at again when the lock is there.

@@ -80,10 +80,10 @@ export interface EndRow {
 export const everything = 1e13
 
 /** Milliseconds since the epoch, or of an interval. */
-export const millis = (column: string) => `(extract(epoch from ${column}) * 1000)::float8`
+export const millis = (column: string) => `(extract(epoch from ${column}) * 1000.0)::float8`
 
 /** Microseconds since the epoch, as exact as the server is; as text, whatever a client makes of an int8. */
-export const micros = (column: string) => `(extract(epoch from ${column}) * 1000000)::int8::text`
+export const micros = (column: string) => `(extract(epoch from ${column}) * 1000000.0)::int8::text`
 
 /**
  * Builds the statements for one quoted schema.
@@ -123,10 +123,9 @@ const statements = (s: string) => {
     from line full join held using (queue, kind) full join done using (queue, kind) order by 1, 2`
 
   // A page of discarded jobs, by the index on status and end: how long the history is does not matter.
-  const discarded =
-    `select f.id::text as id, (extract(epoch from f.finished_at) * 1000000)::int8::text as at from ${s}.finished f
-    where f.status = 'discarded' and f.finished_at < timestamptz 'epoch' + $5::int8 * interval '1 microsecond'
-      and (f.finished_at, f.id) > (timestamptz 'epoch' + $3::int8 * interval '1 microsecond', $4::uuid)
+  const discarded = `select f.id::text as id, ${micros("f.finished_at")} as at from ${s}.finished f
+    where f.status = 'discarded' and f.finished_at < timestamptz 'epoch' + $5::int8::float8 * interval '1 microsecond'
+      and (f.finished_at, f.id) > (timestamptz 'epoch' + $3::int8::float8 * interval '1 microsecond', $4::uuid)
       and ($1::text is null or f.kind = $1::text) and ($2::text is null or f.queue = $2::text)
     order by f.finished_at, f.id limit $6::int4`
 
@@ -160,7 +159,7 @@ const statements = (s: string) => {
     from (
       select a.n, a.tag, a.message, a.error, a.worker, a.started_at, a.ended_at, a.id from ${s}.attempt a where a.job = $1::uuid
       union all (
-        select f.attempt, f.error ->> 'tag', f.error ->> 'message', f.error -> 'error', f.worker, f.started_at, f.finished_at, 9223372036854775807
+        select f.attempt, f.error ->> 'tag'::text, f.error ->> 'message'::text, f.error -> 'error'::text, f.worker, f.started_at, f.finished_at, 9223372036854775807
         from (
           select * from ${s}.finished where id = $1::uuid union all select * from ${s}.archive where id = $1::uuid
         ) f where f.error is not null limit 1
@@ -177,7 +176,7 @@ const statements = (s: string) => {
       ) e limit 1
     ) e`
 
-  const clock = `select (extract(epoch from pg_catalog.clock_timestamp()) * 1000000)::int8::text as now`
+  const clock = `select ${micros("pg_catalog.clock_timestamp()")} as now`
 
   return { look, stats, discarded, inspect, attempts, ends, clock }
 }

@@ -67,7 +67,7 @@ const statements = (s: string) => {
       select queue, priority, run_at, id, kind, 0, group_key from back on conflict do nothing
     ), tried as (
       insert into ${s}.attempt (job, n, tag, message, error, worker, started_at, ended_at)
-      select id, attempt, error ->> 'tag', error ->> 'message', error -> 'error', worker, started_at, finished_at
+      select id, attempt, error ->> 'tag'::text, error ->> 'message'::text, error -> 'error'::text, worker, started_at, finished_at
       from held where error is not null
     )
     select pg_catalog.count(*)::int4 as count, pg_catalog.json_agg(distinct queue)::text as queues from back`

@@ -20,6 +20,7 @@ import * as Grouping from "./Grouping.ts"
 import * as Migrations from "./Migrations.ts"
 import * as Reach from "./Reach.ts"
 import * as Store from "./Store.ts"
+import * as Transport from "./Transport.ts"
 import * as UniqueKeys from "./UniqueKeys.ts"
 import * as Wakeup from "./Wakeup.ts"
 import * as Way from "./Way.ts"
@@ -62,6 +63,11 @@ export interface Options {
   readonly directUrl?: Redacted.Redacted | undefined
   /** Allow enqueues inside a transaction of another `SqlClient`; they are not part of it. Default `false`. */
   readonly allowForeignTransaction?: boolean | undefined
+  /**
+   * Go on although the `PgClient` connects to another host without TLS, or without verifying its certificate: passwords and
+   * payloads can then be read on the way. Default `false`: fail with `InsecureConnection`.
+   */
+  readonly allowInsecure?: boolean | undefined
 }
 
 /**
@@ -188,6 +194,14 @@ const make = Effect.fnUntraced(function*(options: Options) {
       Effect.retry({ while: Database.isTransient, schedule: Database.backoff })
     )
   const client = yield* SqlClient.SqlClient
+  if (options.allowInsecure !== true && Way.isPgClient(client)) {
+    const { directUrl } = options
+    const configs = [client.config, ...directUrl === undefined ? [] : [Reach.at(client.config, directUrl)]]
+    const [insecure] = configs.flatMap((config) => Transport.problemOf(config) ?? [])
+    if (insecure !== undefined) {
+      return yield* new Migrations.JobQueueError({ reason: "InsecureConnection", message: insecure })
+    }
+  }
   const reach = Way.isPgClient(client) ? yield* patiently(Reach.find(client, options.directUrl)) : undefined
   const database = yield* Bounded.open(Database.make(client, { maxConnections, reach }))
   const store = Store.make(database, schema)

@@ -20,6 +20,7 @@ import type * as Job from "./Job.ts"
 import * as Leases from "./Leases.ts"
 import * as Line from "./Line.ts"
 import * as Liveness from "./Liveness.ts"
+import * as Outcome from "./Outcome.ts"
 import type * as Router from "./Router.ts"
 import * as Run from "./Run.ts"
 import type * as Settlement from "./Settlement.ts"
@@ -197,7 +198,7 @@ export const start = Effect.fnUntraced(function*(options: {
           }),
           progressBound
         ),
-        (cause) => Effect.logDebug("effect-pgqueue: the progress of a job could not be stored", Cause.pretty(cause))
+        (cause) => Effect.logDebug("effect-pgqueue: the progress of a job could not be stored", Outcome.describe(cause))
       )
   })
 

@@ -24,6 +24,7 @@ import * as Database from "./Database.ts"
  * - `Unsupported`: not PostgreSQL 15 or newer, not UTF-8, or a schema newer than this library.
  * - `ForeignClient`: a transactional handler was built on another `SqlClient` than the queue's.
  * - `QueueNotConsumed`: a queue was named that no listed job uses.
+ * - `InsecureConnection`: the client connects to another host without verified TLS; nothing was sent.
  * - `InvalidOption`: an option is out of range, or two listed jobs handle one kind; the message names it.
  *
  * @category errors
@@ -31,7 +32,14 @@ import * as Database from "./Database.ts"
  */
 export class JobQueueError extends Schema.TaggedError<JobQueueError>()("JobQueueError", {
   message: Schema.String,
-  reason: Schema.Literals(["NotMigrated", "Unsupported", "ForeignClient", "QueueNotConsumed", "InvalidOption"])
+  reason: Schema.Literals([
+    "NotMigrated",
+    "Unsupported",
+    "ForeignClient",
+    "QueueNotConsumed",
+    "InsecureConnection",
+    "InvalidOption"
+  ])
 }) {}
 
 /** The largest payload or result, in bytes of JSON text; held by a CHECK and by `enqueue`. */
@@ -403,7 +411,12 @@ export const run = Effect.fn("Migrations.run")(
       )
       // Two 32-bit keys: a namespace of our own ("pgqq") and the schema. Transaction-level, so that no pooler can leak it.
       yield* sql.unsafe(`select pg_advisory_xact_lock(1885827953, hashtext($1))`, [schema])
-      yield* sql.unsafe(`create schema if not exists ${quoted}`)
+      // Asked first: the owner of a schema that is there need not have the right to create one, which is asked for even then.
+      const [schemaIs] = yield* sql.unsafe<{ missing: boolean }>(
+        "select pg_catalog.to_regnamespace($1::text) is null as missing",
+        [quoted]
+      )
+      if (schemaIs?.missing !== false) yield* sql.unsafe(`create schema if not exists ${quoted}`)
       yield* Migrator.make({})({
         table: `${schema}.migration`,
         loader: Effect.succeed(migrations.map(([id, name, statements]) =>

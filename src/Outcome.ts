@@ -132,11 +132,13 @@ const excerpt = (thrown: unknown, seen: Set<unknown>, room: number): unknown => 
   if (typeof thrown === "string") return thrown.slice(0, maxText)
   if (typeof thrown !== "object" || thrown === null) return thrown
   seen.add(thrown)
-  const message = messageOf(thrown)
+  const whole = messageOf(thrown)
+  const message = withoutValues(thrown, whole)
   const ownName = read(thrown, "name")
   const name = typeof ownName === "string" ? ownName.slice(0, maxText) : undefined
   // It begins with name and message, and the first to read it copies them.
-  const stack = (name ?? "").length + message.length < maxText ? read(thrown, "stack") : undefined
+  const ownStack = (name ?? "").length + message.length < maxText ? read(thrown, "stack") : undefined
+  const stack = typeof ownStack === "string" && message !== whole ? ownStack.replace(whole, () => message) : ownStack
   const cause = read(thrown, "cause")
   const left = room - message.length - (typeof stack === "string" ? stack.length : 0)
   return {
@@ -145,6 +147,17 @@ const excerpt = (thrown: unknown, seen: Set<unknown>, room: number): unknown => 
     stack: typeof stack === "string" ? stack.slice(0, 3 * maxText) : undefined,
     cause: left > 0 && seen.size < maxDepth && !seen.has(cause) ? excerpt(cause, seen, left) : undefined
   }
+}
+
+/**
+ * The message of an error of PostgreSQL, without the value that it may quote: of what is at fault with data (class 22) the
+ * value is a part. Everything else that carries values (`detail`, `hint`, `where`) is not looked at.
+ */
+const withoutValues = (thrown: object, message: string): string => {
+  const code = read(thrown, "code")
+  return typeof code === "string" && /^22[0-9A-Z]{3}$/.test(code) && typeof read(thrown, "severity") === "string"
+    ? message.replace(/"[^]*"/, "\"…\"")
+    : message
 }
 
 const messageOf = (thrown: object): string => {

@@ -39,8 +39,10 @@ const isRefusal = (error: SqlError): boolean =>
 /** A standby, which may be promoted, can neither LISTEN nor NOTIFY; the server's queue of notifications may be full. */
 const isUndecided = (error: SqlError): boolean => Database.sqlState(error) === "25006" || Database.isFullOfNews(error)
 
-/** The settings of the client for another address. What the URL does not say of the session is the client's. */
-const at = (config: PgClient.PgClientConfig, url: Redacted.Redacted): PgClient.PgClientConfig => ({
+/**
+ * Returns the settings of the client for another address. What the URL does not say of the session is the client's.
+ */
+export const at = (config: PgClient.PgClientConfig, url: Redacted.Redacted): PgClient.PgClientConfig => ({
   ...config,
   url,
   host: undefined,

@@ -204,7 +204,7 @@ export const statements = (s: string) => {
       from decided d where j.id = any (array(select id from decided where status is null and changed)) and d.id = j.id
     ), tried as (
       insert into ${s}.attempt (job, n, tag, message, error, worker, started_at, ended_at)
-      select id, attempt + 1, failure ->> 'tag', failure ->> 'message', failure -> 'error', ${worker}, started_at, ended_at
+      select id, attempt + 1, failure ->> 'tag'::text, failure ->> 'message'::text, failure -> 'error'::text, ${worker}, started_at, ended_at
       from decided where status is null and failure is not null
     ), `
 
@@ -232,7 +232,7 @@ export const statements = (s: string) => {
     ends: "rescued > 0 and attempt + 1 >= max_attempts",
     attempt: "attempt + case when rescued > 0 then 1 else 0 end",
     runAt: `case when rescued = 0 then c.now + pg_catalog.random() * interval '2 seconds'
-          else c.now + least(300, 2 * pg_catalog.power(2, least(rescued, 10))) * (0.5 + pg_catalog.random()) * interval '1 second' end`
+          else c.now + least(300, 2::float8 * pg_catalog.power(2, least(rescued, 10))) * (0.5::float8 + pg_catalog.random()) * interval '1 second' end`
   }
 
   const settleBy = (writes: string) =>
@@ -267,7 +267,7 @@ export const statements = (s: string) => {
     ), ${missing}, ${writes}
     -- Announced at the commit, so that whoever waits is spared a round trip; rare enough for the lock that NOTIFY takes.
     select lease::text as lease, id::text as id, 'done' as state, status,
-      case when awaited and status is not null and $12::text <> '' then pg_catalog.pg_notify($12::text, 'end ' || id)::text is not null
+      case when awaited and status is not null and $12::text <> '' then pg_catalog.pg_notify($12::text, 'end '::text || id::text)::text is not null
         else awaited end as awaited
     from decided where verb <> 'completed' or awaited
     union all select lease::text, id::text, case when busy then 'busy' else 'gone' end, null, false from missing
@@ -337,7 +337,7 @@ export const statements = (s: string) => {
     // Announced as in `settle`.
     answers: `
     union all select lease::text, id::text, 'done', 'completed',
-      case when $7::text <> '' then pg_catalog.pg_notify($7::text, 'end ' || id)::text is not null else true end
+      case when $7::text <> '' then pg_catalog.pg_notify($7::text, 'end '::text || id::text)::text is not null else true end
     from checked where case when mine then id in (select id from found where awaited) else false end`
   })
 

@@ -11,6 +11,7 @@ import { isSqlError } from "effect/sql/SqlError"
 import * as Bounded from "./Bounded.ts"
 import * as Database from "./Database.ts"
 import type * as Episode from "./Episode.ts"
+import * as Outcome from "./Outcome.ts"
 import * as Settlement from "./Settlement.ts"
 import type * as Store from "./Store.ts"
 
@@ -148,7 +149,7 @@ export const make = (options: {
   const refused = (entry: Settlement.Entry, cause: Cause.Cause<unknown>): Effect.Effect<void> => {
     if (entry.failure?.message === refusal) {
       return Effect.andThen(
-        Effect.logError(`effect-pgqueue: job ${entry.id} cannot be settled`, Cause.pretty(cause)),
+        Effect.logError(`effect-pgqueue: job ${entry.id} cannot be settled`, Outcome.describe(cause)),
         later([entry], 10_000)
       )
     }

@@ -102,6 +102,26 @@ export const make = (db: Database.Database, schema: string) => {
     cross join lateral (select j.id from ${s}.job j where j.id = u.id and j.cancelled_at is not null offset 0) j
     where l.worker = $1::uuid`
 
+  // Asks for the rights of claim, settle, rescue and beat, and for no row: whether there would be one does not matter to them.
+  const rights = (table: string, key: string, verbs: ReadonlyArray<"insert" | "update" | "delete">) =>
+    verbs.map((verb) => {
+      if (verb === "insert") return `insert into ${s}.${table} (${key}) select ${key} from ${s}.${table} where false`
+      return verb === "update"
+        ? `select from ${s}.${table} where false for update`
+        : `delete from ${s}.${table} where false`
+    })
+  const mayWorkText = `with ${
+    [
+      ...rights("job", "id", ["update", "delete"]),
+      ...rights("ready", "id", ["insert", "update", "delete"]),
+      ...rights("lease", "id", ["insert", "update", "delete"]),
+      ...rights("worker", "id", ["insert", "update", "delete"]),
+      ...rights("finished", "id", ["insert"]),
+      ...rights("attempt", "job", ["insert"]),
+      ...rights("unique_key", "key", ["update", "delete"])
+    ].map((text, index) => `right_${index} as (${text})`).join(", ")
+  } select 1 as allowed`
+
   const rows = <A extends object = any>(text: string, params: ReadonlyArray<unknown>) => db.query<A>(text, params)
   const often = <A extends object = any>(text: string, params: ReadonlyArray<unknown>) => db.often<A>(text, params)
   const run = (inUserTransaction: boolean, text: string, params: ReadonlyArray<unknown>) =>
@@ -293,6 +313,11 @@ export const make = (db: Database.Database, schema: string) => {
          values ($1::uuid, $2::text, $3::text[], $4::text[], $5::text[], $6::int8) on conflict (id) do nothing`,
         [worker.id, worker.name, worker.queues, worker.kinds, worker.prefixes, worker.lease]
       )),
+
+    /**
+     * Fails with what the server says when this role may not do what a worker does.
+     */
+    mayWork: (): Effect.Effect<void, SqlError> => Effect.asVoid(rows(mayWorkText, [])),
 
     /**
      * Removes a worker that has handed everything back.

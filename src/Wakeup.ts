@@ -105,6 +105,12 @@ const apartFor = 2000
 /** How long the end of a process waits for what is still to be announced, in milliseconds. */
 const lastWord = 300
 
+/**
+ * How often at most a notification that says nothing makes this process look, in milliseconds: NOTIFY asks for no right, so
+ * anybody who can connect can send as many as he likes.
+ */
+const strangeEvery = 1000
+
 /** A worker that waits longer than this looks again by itself, so a NOTIFY for a later job would be noise. */
 const horizon = 10_000
 
@@ -243,6 +249,17 @@ export const make = Effect.fnUntraced(function*(db: Database.Database, schema: s
       })))])
   }
 
+  /** When the next notification that says nothing is heeded. */
+  let strangeFrom = -Infinity
+  const hearStrange = (): void => {
+    const at = now()
+    const delay = Math.max(0, strangeFrom - at)
+    // One is being waited for already.
+    if (delay >= strangeEvery) return
+    strangeFrom = at + delay + strangeEvery
+    for (const listener of listeners) listener.onDue(undefined, delay)
+  }
+
   const hear = (payload: string): void => {
     if (payload === scheduleWritten) return scheduledHere()
     // Anybody may NOTIFY: whatever does not parse means no more than "look", and no news is believed without a look.
@@ -250,10 +267,8 @@ export const make = Effect.fnUntraced(function*(db: Database.Database, schema: s
     // Sound: the words of the pattern.
     if (news !== null) return tellHere(news[1] as News, news[2]!)
     const found = /^(\d{1,7}) (.+)$/s.exec(payload)
-    for (const listener of listeners) {
-      if (found === null) listener.onDue(undefined, 0)
-      else listener.onDue(found[2], Number(found[1]))
-    }
+    if (found === null) return hearStrange()
+    for (const listener of listeners) listener.onDue(found[2], Number(found[1]))
   }
 
   const wanted = Latch.makeUnsafe(false)

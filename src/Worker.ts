@@ -10,10 +10,14 @@ import * as Effect from "effect/Effect"
 import * as Exit from "effect/Exit"
 import * as Layer from "effect/Layer"
 import * as Option from "effect/Option"
+import * as Predicate from "effect/Predicate"
 import type * as Runtime from "effect/Runtime"
 import type * as Scope from "effect/Scope"
 import * as SqlClient from "effect/sql/SqlClient"
 import type { SqlError } from "effect/sql/SqlError"
+import * as Bounded from "./Bounded.ts"
+import * as Database from "./Database.ts"
+import * as Enqueue from "./Enqueue.ts"
 import type * as Job from "./Job.ts"
 import { JobQueue, JobQueueError } from "./JobQueue.ts"
 import * as Loop from "./Loop.ts"
@@ -36,7 +40,7 @@ export interface Options<J extends ReadonlyArray<Job.Any>, M> {
   readonly middleware?: ReadonlyArray<M> | undefined
   /** How many jobs of one queue run at once where `queues` does not say. Default 10. */
   readonly concurrency?: number | undefined
-  /** A name for people to read; a worker is identified by a UUID made at start. Default `"worker"`. */
+  /** A name for people to read, 1 to 200 characters; a worker is identified by a UUID made at start. Default `"worker"`. */
   readonly name?: string | undefined
   /** How long running handlers may go on when the worker is told to stop. Default 20 s. */
   readonly gracePeriod?: Duration.Input | undefined
@@ -65,6 +69,9 @@ type Needs<J extends ReadonlyArray<Job.Any>, M> =
  *
  * Claims only kinds it has a handler for. When the scope closes it stops claiming, hands back what it has not started,
  * gives running handlers the grace period, interrupts the rest and hands their jobs back without spending an attempt.
+ *
+ * Fails with `JobQueueError` when an option does not fit, and with `SqlError` (`AuthorizationError`) when the role it logs
+ * in as may not work.
  *
  * **Gotchas**
  *
@@ -109,7 +116,7 @@ export const layer = <const J extends ReadonlyArray<Job.Any>, M extends Job.Midd
  * For cron hosts and serverless. Jobs that are due later are left in line. `completed` and `failed` count runs: a job
  * that fails and is due again at once is run again.
  *
- * Fails with `SqlError` when the database refuses the claims for good.
+ * Fails with `SqlError` when the database refuses the claims for good, or the role it logs in as may not work.
  *
  * **Example** (Working through what is due)
  *
@@ -179,6 +186,9 @@ export const logged: Job.Middleware = (run, job) =>
 export const teardown: Runtime.Teardown = (exit, onExit) =>
   onExit(Exit.isSuccess(exit) || Cause.hasInterruptsOnly(exit.cause) ? 0 : 1)
 
+/** How long the start of a worker waits to learn whether its role may work, in milliseconds. */
+const permissionBound = 1000
+
 const start = Effect.fnUntraced(function*(
   options: Options<ReadonlyArray<Job.Any>, Job.Middleware<unknown>>,
   limit?: number
@@ -194,6 +204,13 @@ const start = Effect.fnUntraced(function*(
       message: `two of the listed jobs handle "${router.ambiguous}"`
     })
   }
+  // Stored with the worker, at every start: what the database could not hold would be tried again and again.
+  const problem = Enqueue.problemOfName("name", options.name ?? "worker", 200) ??
+    settings.queues.map(([name]) => Enqueue.problemOfName("queue", name, 128)).find(Predicate.isString) ??
+    [...router.kinds, ...router.prefixes.filter((prefix) => prefix !== "")].map((kind) =>
+      Enqueue.problemOfName("kind", kind, 200)
+    ).find(Predicate.isString)
+  if (problem !== undefined) return yield* new JobQueueError({ reason: "InvalidOption", message: problem })
   const { database } = queue.internal
   for (const handler of router.transactional) {
     const client = Context.getOption(Context.merge(context, handler.context), SqlClient.SqlClient)
@@ -209,6 +226,12 @@ const start = Effect.fnUntraced(function*(
       "effect-pgqueue: without a PgClient the heartbeat goes through the pool of the transactional handlers: give it more connections than handlers that run at once, or their jobs are lost"
     )
   }
+  // A worker waits for a database that is away, and would go on asking one that refuses it everything. What keeps this from
+  // being answered is for the loop to deal with.
+  yield* Bounded.bounded(queue.internal.store.mayWork(), permissionBound).pipe(
+    Effect.withTracerEnabled(false),
+    Effect.catch((error) => Database.isDenied(error) ? Effect.fail(error) : Effect.void)
+  )
   return yield* Loop.start({
     ...queue.internal,
     ...settings,

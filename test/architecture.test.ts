@@ -153,6 +153,76 @@ const sqlInOnePlace: Rule = {
   }
 }
 
+/** The names under which a text holds the quoted schema, or something made of it alone. */
+const schemaNames = new Set(["s", "quoted", "table", "quotedSchema", "channel"])
+
+/** What a template interpolates beside the schema. */
+const interpolated = (template: Node): ReadonlyArray<Node> =>
+  children(template["expressions"]).filter((expression) =>
+    !(expression.type === "Identifier" && schemaNames.has(nameOf(expression)!))
+  )
+
+const isFunction = (node: Node) => /^(ArrowFunctionExpression|FunctionExpression|FunctionDeclaration)$/.test(node.type)
+
+/** The text that a template or a literal begins with. */
+const textOf = (node: Node): string | undefined => {
+  if (node.type === "Literal") return typeof node["value"] === "string" ? node["value"] : undefined
+  const first = node.type === "TemplateLiteral" ? children(node["quasis"])[0] : undefined
+  return first === undefined ? undefined : (first["value"] as { readonly raw: string }).raw
+}
+
+const valuesAreBound: Rule = {
+  rule: "values are bound: a verb writes nothing but the quoted schema into a statement",
+  violations: (sources) =>
+    sources.flatMap((source) => {
+      const holdsSql = [...sqlFiles, sqlRunner].includes(source.file)
+      // A verb is a function that is the member of an object. Whatever it is given is a value.
+      const verbs = holdsSql
+        ? source.nodes.filter((node) => node.type === "Property").flatMap((property) => children(property["value"]))
+          .filter((value) => isFunction(value) || value.type === "CallExpression")
+          .flatMap((value) => [...walk(value)].filter(isFunction))
+        : []
+      const templates = new Set(
+        verbs.flatMap((verb) => [...walk(verb)]).filter(({ type }) => type === "TemplateLiteral")
+      )
+      return source.nodes.flatMap((node) => {
+        if (node.type === "TemplateLiteral" && templates.has(node)) {
+          return interpolated(node).map((expression) => at(source, expression, "in the text of a statement"))
+        }
+        if (node.type === "BinaryExpression" && node["operator"] === "+") {
+          const text = children(node["left"]).map(textOf)[0]
+          return text !== undefined && statement.test(text) ? at(source, node, "SQL text + …") : []
+        }
+        if (node.type !== "CallExpression" || !isNode(node["callee"])) return []
+        if (node["callee"].type !== "MemberExpression") return []
+        const callee = nameOf(node["callee"])
+        if (callee === "literal") return at(source, node, "literal(…)")
+        if (callee !== "unsafe") return []
+        const text = children(node["arguments"])[0]!
+        return text.type === "BinaryExpression" || (text.type === "TemplateLiteral" && interpolated(text).length > 0)
+          ? at(source, node, "unsafe(…) of a text that is put together")
+          : []
+      })
+    }),
+  caught: [
+    { "Admin.ts": "sql.literal(name)" },
+    { "Store.ts": "const f = (name) => sql.unsafe(`select ${name}`)" },
+    { "Store.ts": "const f = (name) => sql.unsafe(\"select \" + name)" },
+    { "Store.ts": "const verbs = { get: (id) => db.query(`select from ${s}.job where id = '${id}'`) }" },
+    {
+      "Cleanup.ts":
+        "const verbs = { get: Effect.fn(function*(one) { yield* run(`delete from ${s}.job where ${one.id}`) }) }"
+    },
+    { "Migrations.ts": "const text = \"select \" + name" }
+  ],
+  allowed: {
+    "Store.ts": "const verbs = { get: (id) => db.query(`select from ${s}.job where id = $1`, [id]) }",
+    "Claim.ts": "const statement = (s) => `select ${micros(\"run_at\")} from ${s}.job`",
+    "Admin.ts": "const message = { of: (id) => `there is no ${id}` }",
+    "Migrations.ts": "sql.unsafe(`create schema ${quoted}`)"
+  }
+}
+
 const impureModules =
   /^(Clock|Config|Console|Deferred|FileSystem|Layer|Logger|ManagedRuntime|Metric|PubSub|Queue|Random|Ref|SynchronizedRef|Terminal|Tracer)$/
 const impureMembers: Readonly<Record<string, RegExp>> = {
@@ -347,19 +417,22 @@ const flat: Rule = {
   allowed: { "Store.ts": "", "cli.ts": "", "index.ts": "" }
 }
 
-describe.each([sqlInOnePlace, pure, producersWithoutWorker, nothingAmbient, documented, flat])("$rule", (rule) => {
-  const project = (files: Readonly<Record<string, string>>) =>
-    Object.entries(files).map(([file, text]) => parse(file, text))
+describe.each([sqlInOnePlace, valuesAreBound, pure, producersWithoutWorker, nothingAmbient, documented, flat])(
+  "$rule",
+  (rule) => {
+    const project = (files: Readonly<Record<string, string>>) =>
+      Object.entries(files).map(([file, text]) => parse(file, text))
 
-  it("holds", () => {
-    assert.deepStrictEqual([...rule.violations(sources)], [])
-  })
+    it("holds", () => {
+      assert.deepStrictEqual([...rule.violations(sources)], [])
+    })
 
-  it("is noticed when broken", () => {
-    for (const files of rule.caught) assert.isNotEmpty(rule.violations(project(files)), JSON.stringify(files))
-    assert.deepStrictEqual([...rule.violations(project(rule.allowed))], [])
-  })
-})
+    it("is noticed when broken", () => {
+      for (const files of rule.caught) assert.isNotEmpty(rule.violations(project(files)), JSON.stringify(files))
+      assert.deepStrictEqual([...rule.violations(project(rule.allowed))], [])
+    })
+  }
+)
 
 // ---------------------------------------------------------------------------
 // Committed files

@@ -182,7 +182,7 @@ scenarios("the server", (scenario) => {
       const away = 90_000
       const { producers, schedulers, workers } = yield* stage.fleet()
       const all = [...producers, ...schedulers, ...workers]
-      const lines = ({ output }: Actor) => output().split("\n").filter((line) => /^\[/.test(line)).length
+      const lines = ({ output }: Actor) => output().split("\n").filter((line) => line.startsWith("[")).length
       let said: ReadonlyArray<number> = []
       let grown: ReadonlyArray<number> = []
       yield* stage.during(
