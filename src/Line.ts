@@ -83,9 +83,15 @@ export const wanted = (line: Line, now: number): number => {
  * that somebody's open transaction keeps alive (24.9 ms a claim after 40 s of one, against 0.5 ms); from the front it
  * finds what was committed late.
  */
-export const sweeps = (line: Line, now: number): boolean =>
-  now - line.sweptAt >= sweepEvery ||
-  line.sweepCost * Math.pow(0.5, (now - line.sweepCostAt) / 2000) <= sweepShare * 2000
+export const sweeps = (line: Line, now: number): boolean => sweepsIn(line, now) <= 0
+
+/** How long until then, in milliseconds. */
+export const sweepsIn = (line: Line, now: number): number =>
+  Math.min(
+    line.sweptAt + sweepEvery - now,
+    // When what has been spent of it has halved often enough.
+    line.sweepCostAt + 2000 * Math.log2(line.sweepCost / (sweepShare * 2000)) - now
+  )
 
 /** The lanes of the next claim, in order of priority. */
 export const lanes = (line: Line, sweep: boolean, suspects: boolean): ReadonlyArray<Store.LaneCursor> =>

@@ -398,9 +398,10 @@ export const start = Effect.fnUntraced(function*(options: {
         const { sentAt, sweep, taken } = yield* Deferred.await(claimed)
         yield* claims.succeeded
         if (taken === room) continue
-        // Short from the cursor: something may stand behind it, so look from the front as soon as that is affordable.
+        // Short from the cursor: something may stand behind it, so look from the front as soon as that is affordable, and not
+        // from the cursor again and again until then. What comes in meanwhile is announced.
         if (sweep) timekeeper.ranDry(line.queue, sentAt)
-        else timekeeper.due(line.queue, 20)
+        else timekeeper.due(line.queue, Math.max(20, Line.sweepsIn(line, now())))
         return
       }
       fill(line)
