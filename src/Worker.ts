@@ -10,7 +10,6 @@ import * as Effect from "effect/Effect"
 import * as Exit from "effect/Exit"
 import * as Layer from "effect/Layer"
 import * as Option from "effect/Option"
-import type * as Runtime from "effect/Runtime"
 import type * as Scope from "effect/Scope"
 import * as SqlClient from "effect/sql/SqlClient"
 import type { SqlError } from "effect/sql/SqlError"
@@ -18,6 +17,8 @@ import type * as Job from "./Job.ts"
 import { JobQueue, JobQueueError } from "./JobQueue.ts"
 import * as Loop from "./Loop.ts"
 import * as Router from "./Router.ts"
+
+export { runMain, teardown } from "./Main.ts"
 
 /**
  * The options of a worker.
@@ -68,7 +69,8 @@ type Needs<J extends ReadonlyArray<Job.Any>, M> =
  *
  * **Gotchas**
  *
- * Effect's `runMain` ends with code 130 after SIGTERM; pass it {@link teardown} for 0.
+ * Effect's `runMain` ends with code 130 after SIGTERM; pass it {@link teardown} for 0, or use {@link runMain}, which also
+ * hears a second signal.
  *
  * **Example** (A process that works)
  *
@@ -169,15 +171,6 @@ export const logged: Job.Middleware = (run, job) =>
     else yield* Effect.logWarning(`job ${job.kind} failed after ${took}`)
     return yield* exit
   })
-
-/**
- * Ends the process with code 0 when it was told to stop and did; for `NodeRuntime.runMain(…, { teardown })`.
- *
- * @category running
- * @since 0.1.0
- */
-export const teardown: Runtime.Teardown = (exit, onExit) =>
-  onExit(Exit.isSuccess(exit) || Cause.hasInterruptsOnly(exit.cause) ? 0 : 1)
 
 const start = Effect.fnUntraced(function*(
   options: Options<ReadonlyArray<Job.Any>, Job.Middleware<unknown>>,
