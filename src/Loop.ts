@@ -510,7 +510,7 @@ export const start = Effect.fnUntraced(function*(options: {
     liveness.retire()
     // A handler that does not stop keeps its lease until the others see that this process is gone.
     const kept = runs.size + unsettled()
-    stop.left += runs.size
+    if (runs.size > 0) stop.stuck.openUnsafe()
     if (kept > 0) {
       yield* Effect.logWarning(
         `effect-pgqueue: ${runs.size} handlers did not stop, ${unsettled()} jobs could not be settled; they are rescued after the lease time`

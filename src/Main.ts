@@ -16,17 +16,25 @@ import * as Runtime from "effect/Runtime"
 export interface Stop {
   /** Open when nothing is to be waited for any more. */
   readonly urgent: Latch.Latch
-  /** Handlers that did not stop. */
-  left: number
+  /** Open when a handler did not stop. */
+  readonly stuck: Latch.Latch
 }
+
+const make = (): Stop => ({ urgent: Latch.makeUnsafe(false), stuck: Latch.makeUnsafe(false) })
 
 /** Where nobody says more, nothing is ever urgent. */
 export const Stop = Context.Reference<Stop>("effect-pgqueue/Main/Stop", {
-  defaultValue: () => ({ urgent: Latch.makeUnsafe(false), left: 0 })
+  defaultValue: make
 })
 
 /** Signals that follow each other this closely are one, in milliseconds: what the terminal sends to all, npm passes on. */
 const together = 100
+
+/**
+ * How long the rest of the program may take to close when a handler did not stop: it may keep what the others wait for. A
+ * pool waits without end for a connection on which a COMMIT is not answered.
+ */
+const patience = "1 second"
 
 /**
  * Ends the process with code 0 when it was told to stop and did; for `NodeRuntime.runMain(…, { teardown })`.
@@ -48,6 +56,9 @@ export const teardown: Runtime.Teardown = (exit, onExit) =>
  *
  * The exit code is 0 when it was told to stop and did, and 1 when it failed or a handler did not stop. With a `teardown` of
  * your own it is what that says.
+ *
+ * When a handler did not stop, the process ends one second after its worker has: such a handler may hold a connection, its
+ * COMMIT on a dead link for one, and a pool waits for that without end.
  *
  * **Example** (A process that can be hurried)
  *
@@ -79,7 +90,14 @@ export const runMain = <A, E>(
     readonly teardown?: Runtime.Teardown | undefined
   }
 ): void => {
-  const stop: Stop = { urgent: Latch.makeUnsafe(false), left: 0 }
+  const stop = make()
+  let stuck = false
+  const watchdog = Effect.gen(function*() {
+    yield* stop.stuck.await
+    stuck = true
+    yield* Effect.sleep(patience)
+    process.exit(1)
+  })
   const run = Runtime.makeRunMain(({ fiber, teardown }) => {
     let signals = 0
     let last = -Infinity
@@ -88,8 +106,10 @@ export const runMain = <A, E>(
       if (at - last < together) return
       last = at
       signals++
-      if (signals === 1) fiber.interruptUnsafe(fiber.id)
-      else if (signals === 2) stop.urgent.openUnsafe()
+      if (signals === 1) {
+        Effect.runFork(watchdog)
+        fiber.interruptUnsafe(fiber.id)
+      } else if (signals === 2) stop.urgent.openUnsafe()
       else process.exit(130)
     }
     process.on("SIGINT", onSignal)
@@ -104,6 +124,6 @@ export const runMain = <A, E>(
   })
   run(Effect.provideService(effect, Stop, stop), {
     ...options,
-    teardown: options?.teardown ?? ((exit, onExit) => teardown(exit, (code) => onExit(stop.left > 0 ? 1 : code)))
+    teardown: options?.teardown ?? ((exit, onExit) => teardown(exit, (code) => onExit(stuck ? 1 : code)))
   })
 }

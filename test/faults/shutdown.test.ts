@@ -51,23 +51,28 @@ scenarios("shutdown", (scenario) => {
       return { ...counts, exit: Math.max(...took) }
     }))
 
-  scenario("C2", "a worker of a fleet under load is told to stop", { short: true }, (stage) =>
-    Effect.gen(function*() {
-      const cast = yield* stage.fleet({ settings: { millis: [50, 50] } })
-      const took: Array<number> = []
-      for (let round = 0; round < (full ? 8 : 2); round++) {
-        const worker = round === 0 ? cast.workers[0]! : yield* stage.worker(`worker 1`)
-        yield* untilStartedBy(stage, worker, 20)
-        const end = yield* worker.end()
-        assert.strictEqual(end.code, 0, worker.output())
-        assert.strictEqual(yield* leftBy(stage, worker), 0)
-        took.push(end.took)
-      }
-      const counts = yield* stage.finish({ faultFree: true })
-      assert.strictEqual(yield* stage.recorded("select count(*)::int from ledger where phase = 'interrupted'"), 0)
-      for (const millis of took) assert.isBelow(millis, 2000)
-      return { ...counts, exit: Math.max(...took) }
-    }))
+  scenario(
+    "C2",
+    "a worker of a fleet under load is told to stop",
+    { short: true, minutes: 5 },
+    (stage) =>
+      Effect.gen(function*() {
+        const cast = yield* stage.fleet({ settings: { millis: [50, 50] } })
+        const took: Array<number> = []
+        for (let round = 0; round < (full ? 5 : 2); round++) {
+          const worker = round === 0 ? cast.workers[0]! : yield* stage.worker(`worker 1`)
+          yield* untilStartedBy(stage, worker, 20)
+          const end = yield* worker.end()
+          assert.strictEqual(end.code, 0, worker.output())
+          assert.strictEqual(yield* leftBy(stage, worker), 0)
+          took.push(end.took)
+        }
+        const counts = yield* stage.finish({ faultFree: true })
+        assert.strictEqual(yield* stage.recorded("select count(*)::int from ledger where phase = 'interrupted'"), 0)
+        for (const millis of took) assert.isBelow(millis, 2000)
+        return { ...counts, exit: Math.max(...took) }
+      })
+  )
 
   scenario(
     "C3",
@@ -105,13 +110,13 @@ scenarios("shutdown", (scenario) => {
       const worker = yield* stage.worker("worker 1")
       const { id } = yield* stage.here(Step.enqueue({ millis: 600_000, stubborn: true }))
       yield* untilStartedBy(stage, worker, 1)
+      const heir = yield* stage.worker("worker 2")
       const { code, took } = yield* worker.end()
       assert.strictEqual(code, 1, worker.output())
       assert.match(worker.output(), /1 handlers did not stop/)
       assert.isBelow(took, timing.gracePeriod + 10_000)
       // It is not forgotten: it comes back as after a crash.
       const lost = yield* now
-      const heir = yield* stage.worker("worker 2")
       yield* untilStartedBy(stage, heir, 1)
       const again = (yield* now) - lost
       yield* cancel(stage, [id])
@@ -156,7 +161,7 @@ scenarios("shutdown", (scenario) => {
     (stage) =>
       Effect.gen(function*() {
         const exits: Array<number> = []
-        for (const at of ["lost", "sent", "answered"] as const) {
+        for (const at of ["lost", "sent"] as const) {
           const worker = yield* stage.worker("worker 1")
           const ids = yield* enqueueHours(stage, 3)
           yield* untilStartedBy(stage, worker, ids.length)
@@ -210,16 +215,13 @@ scenarios("shutdown", (scenario) => {
             )
           )
           const end = yield* Effect.scoped(Effect.gen(function*() {
-            const healing = yield* Effect.scope
-            const hole = yield* Effect.forkScoped(
+            yield* Effect.forkScoped(
               Effect.scoped(Effect.andThen(
                 stage.net.blackHole({ process: "worker 1", sent: claiming, way: "answers", heal: "deliver" }),
                 hidden === "2 s" ? Effect.sleep(2000) : Effect.never
               )),
               { startImmediately: true }
             )
-            void hole
-            void healing
             ids.push(...idsOf(yield* stage.here(Step.enqueueAll(Array.from({ length: 20 }, () => ({ millis: 1 }))))))
             yield* until(
               "it holds them and does not know",
@@ -246,7 +248,7 @@ scenarios("shutdown", (scenario) => {
   scenario(
     "C8",
     "workers are replaced one after the other, 2 s apart",
-    { minutes: 5 },
+    { minutes: 10 },
     (stage) =>
       Effect.gen(function*() {
         const cast = yield* stage.fleet()
@@ -262,26 +264,23 @@ scenarios("shutdown", (scenario) => {
           workers[at] = yield* stage.worker(workers[at]!.name)
           yield* Effect.sleep(Math.max(0, 2000 - ((yield* now) - from)))
         }
-        const [rates] = yield* stage.ledger.query<{ usual: number; worst: number; mean: number }>(
-          `with ends as (select at from ledger where phase = 'end'),
-          of as (select s.at, (select count(*) from ends e where e.at >= s.at and e.at < s.at + interval '2 seconds') / 2.0 as rate
-            from generate_series($1::timestamptz - interval '2 seconds', clock_timestamp() - interval '2 seconds', interval '500 milliseconds') s(at))
-        select (select rate from of order by at limit 1)::float8 as usual,
-          (select min(rate) from of)::float8 as worst, (select avg(rate) from of)::float8 as mean`,
+        // Of what came in, in the two seconds in which least of it was done; a machine that has other work is slow for those who
+        // enqueue, too.
+        const worst = yield* stage.recorded(
+          `select (100.0 * min(done / greatest(1, come)))::float8 from (
+          select (select count(*)::float8 from ledger where phase = 'end' and at >= s.at and at < s.at + interval '2 seconds') as done,
+            (select count(*) from intent where outcome = 'acked' and answered_at >= s.at and answered_at < s.at + interval '2 seconds') as come
+          from generate_series($1::timestamptz, clock_timestamp() - interval '2 seconds', interval '500 milliseconds') s(at)) windows`,
           [begun]
         )
         const counts = yield* stage.finish({ faultFree: true })
-        const { mean, usual, worst } = rates!
-        assert.isAtMost(
-          counts.again,
-          counts.jobs / 1000 + (yield* stage.value("select count(*)::int from pgqueue.attempt"))
-        )
-        assert.isAbove(worst, 0.7 * usual, `${usual} a second, and then ${mean}, at least ${worst}`)
+        assert.isAtMost(counts.again, counts.jobs / 1000)
+        assert.isAbove(worst, 70)
         return {
           ...counts,
           restarts: exits.length,
           exit: Math.max(...exits),
-          dip: `${Math.round(100 - 100 * worst / usual)} %`
+          dip: `${Math.round(100 - worst)} %`
         }
       })
   )

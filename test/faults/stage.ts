@@ -314,7 +314,9 @@ export const makeStage = Effect.fnUntraced(function*(options: StageOptions = {})
     yield* judge(options)
     const starts = yield* recorded("select count(distinct run)::int from ledger")
     const jobs = yield* recorded("select count(distinct job)::int from ledger")
-    return { jobs, again: starts - jobs }
+    const failed = yield* value("select count(*)::int from pgqueue.attempt where tag <> 'Lost'")
+    // Those that failed on purpose were to be started again.
+    return { jobs, failed, again: starts - jobs - failed }
   })
 
   return {

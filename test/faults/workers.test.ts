@@ -7,14 +7,13 @@ import * as Store from "../../src/Store.ts"
 import { Poison, Step, Trial } from "../programs/jobs.ts"
 import { until } from "../support/queue.ts"
 import {
-  blocked,
   bury,
   claim,
   claimed,
   claimOptions,
   entry,
   job,
-  join,
+  makeDue,
   schema,
   session,
   stateOf,
@@ -68,16 +67,16 @@ const orphans = (stage: Stage, deaths: ReadonlyArray<Death>) =>
     ([row]) => row!
   )
 
-/** Runs that ended in each second from one moment to another. */
-const rateBetween = (stage: Stage, from: string, to: string) =>
+/**
+ * How much of what came in from one moment on was done meanwhile, in percent. Not by the rate before that: how much a machine
+ * that has other work does in a second changes by the minute, for those who enqueue as well.
+ */
+const doneSince = (stage: Stage, from: string) =>
   stage.recorded(
-    `select (count(*) / extract(epoch from $2::timestamptz - $1::timestamptz))::float8 from ledger
-     where phase = 'end' and at between $1::timestamptz and $2::timestamptz`,
-    [from, to]
+    `select (100.0 * (select count(*) from ledger where phase = 'end' and at > $1::timestamptz)
+      / greatest(1, (select count(*) from intent where outcome = 'acked' and answered_at > $1::timestamptz)))::float8`,
+    [from]
   )
-
-const before = (stage: Stage, at: string, seconds: number) =>
-  stage.value<string>("select ($1::timestamptz - $2 * interval '1 second')::text", [at, seconds])
 
 /** How often each of these jobs was started. */
 const startsOf = (stage: Stage, ids: ReadonlyArray<string>) =>
@@ -165,7 +164,7 @@ const points: Record<string, Point | "dies before" | "dies after"> = {
 }
 
 scenarios("workers", (scenario) => {
-  scenario("B1", "one of four workers is killed every 3 s", { minutes: 5 }, (stage) =>
+  scenario("B1", "one of four workers is killed every 3 s", { minutes: 10 }, (stage) =>
     Effect.gen(function*() {
       const { workers: [...workers] } = yield* stage.fleet()
       const deaths: Array<Death> = []
@@ -176,15 +175,13 @@ scenarios("workers", (scenario) => {
         workers[at] = yield* stage.worker(workers[at]!.name)
         yield* Effect.sleep(Math.max(0, 3000 - (performance.now() - begun)))
       }
-      const first = deaths[0]!.at
-      const usual = yield* rateBetween(stage, yield* before(stage, first, 2), first)
-      const meanwhile = yield* rateBetween(stage, first, yield* clock(stage))
+      const throughput = yield* doneSince(stage, deaths[0]!.at)
       const counts = yield* stage.finish()
       const lost = yield* orphans(stage, deaths)
       assert.isAbove(lost.orphans, 0)
       assert.isBelow(lost.reclaimed, rescuedWithin)
-      assert.isAbove(meanwhile / usual, 0.7, `${usual} and then ${meanwhile} a second`)
-      return { ...counts, ...lost, kills: deaths.length, throughput: `${Math.round(100 * meanwhile / usual)} %` }
+      assert.isAbove(throughput, 70)
+      return { ...counts, ...lost, kills: deaths.length, throughput: `${Math.round(throughput)} %` }
     }))
 
   scenario(
@@ -203,7 +200,7 @@ scenarios("workers", (scenario) => {
             const workers = [...actors.values()].filter((actor) => actor.name.startsWith("worker"))
             let victim: Actor | undefined
             if (typeof point === "string") {
-              yield* stage.here(Trial.enqueue({ first: 20, then: 20, how: point }, { priority: "high" }))
+              yield* stage.here(Trial.enqueue({ first: 20, next: 20, how: point }, { priority: "high" }))
               victim = yield* Effect.raceAll(workers.map((actor) => Effect.as(actor.ended, actor)))
             } else {
               const happened = yield* stage.net.cut({ ...point.cut, process: point.role }, (name) => {
@@ -249,7 +246,7 @@ scenarios("workers", (scenario) => {
       Effect.gen(function*() {
         const holder = yield* stage.worker("worker 1")
         const trials = (count: number, first: number, how: "completes" | "fails" | "notes") =>
-          Array.from({ length: count }, () => ({ first, then: 20, how }))
+          Array.from({ length: count }, () => ({ first, next: 20, how }))
         // Some have nothing to say for long, the others want to be settled as soon as it goes on.
         const ids = idsOf(
           yield* stage.here(Trial.enqueueAll([
@@ -304,7 +301,7 @@ scenarios("workers", (scenario) => {
         // What it claims now is settled after whatever it had to say about the others.
         const [next] = idsOf(
           yield* stage.here(
-            Trial.enqueueAll([1, 2, 3, 4].map(() => ({ first: 300, then: 0, how: "completes" as const })))
+            Trial.enqueueAll([1, 2, 3, 4].map(() => ({ first: 300, next: 0, how: "completes" as const })))
           )
         )
         yield* untilFinished(stage, [next!])
@@ -382,18 +379,22 @@ scenarios("workers", (scenario) => {
   scenario("B6", "a handler blocks its process for three leases", {}, (stage) =>
     Effect.gen(function*() {
       const holder = yield* stage.worker("worker 1")
-      const steps = idsOf(
-        yield* stage.here(
-          Trial.enqueueAll(
-            [1, 2, 3].map(() => ({ first: 2 * timing.lease, then: 20, how: "completes" as const }))
-          )
+      const other = yield* stage.worker("worker 2")
+      // Long enough for it to judge.
+      yield* Effect.sleep(timing.lease + timing.heartbeat)
+      // It takes none of them.
+      const { id, steps } = yield* Effect.scoped(Effect.gen(function*() {
+        yield* other.frozen
+        const first = 2 * timing.lease
+        const steps = idsOf(
+          yield* stage.here(Trial.enqueueAll([1, 2, 3].map(() => ({ first, next: 20, how: "completes" as const }))))
         )
-      )
-      yield* untilStarted(stage, steps)
-      const { id } = yield* stage.here(Trial.enqueue({ first: 3 * timing.lease, then: 20, how: "blocks" }))
-      yield* untilStarted(stage, [id])
+        yield* untilStarted(stage, steps)
+        const { id } = yield* stage.here(Trial.enqueue({ first: 3 * timing.lease, next: 20, how: "blocks" }))
+        yield* untilStarted(stage, [id])
+        return { id, steps }
+      }))
       const old = yield* workerId(stage, holder)
-      yield* stage.worker("worker 2")
       const taken = yield* untilFinished(stage, [...steps, id], rescuedWithin)
       yield* until(
         "it has started again under a new id",
@@ -611,11 +612,20 @@ scenarios("workers", (scenario) => {
         yield* Effect.sleep(timing.lease + timing.heartbeat)
         const dead = yield* stage.worker("worker dead")
         const ids = idsOf(
-          yield* stage.here(
-            Trial.enqueueAll([1, 2, 3, 4].map(() => ({ first: 600_000, then: 20, how: "completes" as const })))
+          yield* stage.here(Step.enqueueAll(Array.from({ length: 40 }, () => ({ millis: 1500 }))))
+        )
+        yield* until(
+          "it holds some of them",
+          Effect.map(
+            stage.value(
+              "select count(*)::int from pgqueue.lease l join pgqueue.worker w on w.id = l.worker where w.name = $1",
+              [
+                bootOf(dead)
+              ]
+            ),
+            (count) => count > 0
           )
         )
-        yield* untilStarted(stage, ids)
         yield* kill(stage, dead)
         let sweeper: string | undefined
         let at = 0
@@ -643,7 +653,7 @@ scenarios("workers", (scenario) => {
       const cut = yield* stage.worker("worker 1")
       const ids = idsOf(
         yield* stage.here(
-          Trial.enqueueAll([1, 2, 3, 4].map(() => ({ first: 600_000, then: 20, how: "completes" as const })))
+          Trial.enqueueAll([1, 2, 3, 4].map(() => ({ first: 600_000, next: 20, how: "completes" as const })))
         )
       )
       yield* untilStarted(stage, ids)
@@ -683,7 +693,9 @@ scenarios("workers", (scenario) => {
       )
       const counts = yield* stage.finish()
       assert.isBelow(claimedFor, timing.lease)
-      assert.isBelow(stopped, timing.lease)
+      // A sixth of the lease before its end, and not a heartbeat as the scenario would have it: that would be two thirds of
+      // the lease, and one lost heartbeat more than enough to interrupt everything. Plus a step of whoever looks.
+      assert.isBelow(stopped, timing.lease * 11 / 12)
       return { ...counts, claimedFor, stopped }
     }))
 })
@@ -710,6 +722,7 @@ const rescues = Effect.gen(function*() {
   yield* zombie.query("begin isolation level repeatable read")
   yield* zombie.query("select from pgqueue.lease")
   assert.deepInclude(yield* rescuer.store.rescue(10), { back: 1, ended: 0 })
+  yield* makeDue
   const next = yield* claimed([])
   const again = yield* claim(next.worker, { ...claimOptions(next.worker), limit: 1 })
   assert.deepStrictEqual(again.ids, moved.ids)
@@ -719,9 +732,5 @@ const rescues = Effect.gen(function*() {
   assert.deepInclude(yield* rescuer.store.rescue(10), { back: 0, ended: 0 })
   assert.deepInclude(yield* stateOf(moved.ids[0]!), { place: "lease", rescued: 1 })
   yield* store.settle(next.worker, [entry(again.lease, again.ids[0]!, "completed")], 0)
-
-  // It waits for the lock of a lease that is gone when it gets it.
-  void blocked
-  void join
   yield* bury(next.worker)
 }).pipe(Effect.scoped)

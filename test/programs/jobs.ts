@@ -46,11 +46,11 @@ export class Poison extends Job.make("poison", {
   }
 }) {}
 
-/** Works for `first` milliseconds the first time, and for `then` when it is started again; the first time it ends as it is told. */
+/** Works for `first` milliseconds the first time, and for `next` when it is started again; the first time it ends as it is told. */
 export class Trial extends Job.make("trial", {
   payload: {
     first: Schema.Number,
-    then: Schema.Number,
+    next: Schema.Number,
     how: Schema.Literals(["completes", "fails", "notes", "blocks", "dies before", "dies after"])
   },
   retry: {}
@@ -129,7 +129,7 @@ const die = Effect.suspend(() => {
   process.kill(process.pid, "SIGKILL")
   return Effect.never
 })
-const TrialHandler = Trial.toLayer(({ first, how, then }) =>
+const TrialHandler = Trial.toLayer(({ first, how, next }) =>
   Effect.gen(function*() {
     const { mention, record } = yield* Ledger
     const again = Option.isSome((yield* Job.Current).lastFailure)
@@ -138,7 +138,7 @@ const TrialHandler = Trial.toLayer(({ first, how, then }) =>
     if (!again && how === "blocks") {
       const end = performance.now() + first
       while (performance.now() < end) { /* nothing else runs */ }
-    } else yield* Effect.onInterrupt(Effect.sleep(again ? then : first), () => mention("interrupted"))
+    } else yield* Effect.onInterrupt(Effect.sleep(again ? next : first), () => mention("interrupted"))
     if (!again && how === "notes") yield* Job.progress("noted")
     yield* record("end")
     if (!again && how === "dies after") return yield* die
