@@ -166,7 +166,12 @@ scenarios("shutdown", (scenario) => {
           const ids = yield* enqueueHours(stage, 3)
           yield* untilStartedBy(stage, worker, ids.length)
           const committing = yield* stage.net.cut({ text: "COMMIT", process: "worker 1", at, silent: true })
-          const paid = yield* stage.here(Pay.enqueue({ key: crypto.randomUUID(), millis: 50, fails: 0 }))
+          const key = crypto.randomUUID()
+          const paid = yield* stage.here(Pay.enqueue({ key, millis: 50, fails: 0 }))
+          yield* stage.ledger.query(
+            "insert into public.intent (key, producer, outcome, job) values ($1::uuid, 'stage', 'acked', $2::uuid)",
+            [key, paid.id]
+          )
           yield* committing
           const { took } = yield* stage.during(
             `a black hole, ${at}`,
