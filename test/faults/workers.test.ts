@@ -606,7 +606,7 @@ scenarios("workers", (scenario) => {
       const workers = new Map<string, Actor>()
       for (const name of names) workers.set(name, yield* stage.worker(name))
       const swept: Array<number> = []
-      for (let round = 0; round < (full ? 4 : 2); round++) {
+      for (let round = 0; round < (full ? 3 : 2); round++) {
         const signal = round % 2 === 0 ? "SIGKILL" : "SIGSTOP"
         // Long enough for each of them to judge, and somebody to take back from.
         yield* Effect.sleep(timing.lease + timing.heartbeat)
