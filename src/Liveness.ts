@@ -157,6 +157,8 @@ export const make = Effect.fnUntraced(function*(options: {
     (send) => Effect.forever(Effect.andThen(beat(send), pause))
   )
 
+  /** When this process last went on after it had stood still. */
+  let thawedAt = -Infinity
   /** When a blocked event loop was last reported. */
   let blockedAt = -Infinity
   const reportLag = (lag: number) =>
@@ -178,7 +180,10 @@ export const make = Effect.fnUntraced(function*(options: {
     const lag = Math.max(0, now() - begun - step)
     yield* Metric.update(Telemetry.eventLoopLag, lag)
     yield* reportLag(lag)
-    if (lost || inTime()) return
+    if (lag > step) thawedAt = now()
+    // A process that stood still had no chance to beat. It gets it now, for as long as nobody can have taken its jobs.
+    const until = lastBeat + options.lease - (now() - thawedAt < margin ? step : margin)
+    if (lost || now() < until) return
     yield* Effect.logWarning(
       `effect-pgqueue: no heartbeat of worker ${id} got through in time; its jobs are interrupted`
     )

@@ -20,6 +20,7 @@ import type * as Job from "./Job.ts"
 import * as Leases from "./Leases.ts"
 import * as Line from "./Line.ts"
 import * as Liveness from "./Liveness.ts"
+import { Stop } from "./Main.ts"
 import * as Outcome from "./Outcome.ts"
 import type * as Router from "./Router.ts"
 import * as Run from "./Run.ts"
@@ -92,6 +93,7 @@ export const start = Effect.fnUntraced(function*(options: {
   readonly limit: number | undefined
 }) {
   const { router, store, wakeup } = options
+  const stop = yield* Stop
   const clock = yield* Clock.Clock
   const now = () => Bounded.monotonic(clock)
   const runFork = Effect.runForkWith(options.context)
@@ -474,16 +476,21 @@ export const start = Effect.fnUntraced(function*(options: {
     stopping: () => stopping
   }))
 
-  /** Waits until no handler runs, or the time is over. One that does not stop at its timeout is not waited for. */
-  const quiet = (millis: number) =>
-    Effect.suspend(() => {
+  /**
+   * Waits until no handler runs, or the time is over, or `sooner` is. One that does not stop at its timeout is not waited
+   * for.
+   */
+  const quiet = (millis: number, sooner: Effect.Effect<void> = Effect.never) =>
+    Effect.gen(function*() {
       const done = Deferred.makeUnsafe<void>()
       const check = () => {
         if ([...runs].every(({ interruption }) => interruption === "timeout")) Deferred.doneUnsafe(done, Effect.void)
       }
       for (const running of runs) running.fiber?.addObserver(check)
       check()
-      return Effect.ignore(Bounded.bounded(Deferred.await(done), millis))
+      const hurrying = yield* Effect.forkDetach(Effect.andThen(sooner, Deferred.succeed(done, undefined)))
+      yield* Effect.ignore(Bounded.bounded(Deferred.await(done), millis))
+      hurrying.interruptUnsafe()
     })
 
   const claimsAnswered = Effect.gen(function*() {
@@ -497,7 +504,7 @@ export const start = Effect.fnUntraced(function*(options: {
     const begun = now()
     const left = () => Math.max(200, options.gracePeriod + 3000 - (now() - begun))
     lines.forEach(handBackBuffer)
-    yield* quiet(options.gracePeriod)
+    yield* quiet(options.gracePeriod, stop.urgent.await)
     for (const running of runs) interrupt(running, "shutdown")
     yield* quiet(1500)
     const allSettled = Effect.forEach(allSettlers, (settler) => settler.drained, { discard: true })
@@ -505,6 +512,7 @@ export const start = Effect.fnUntraced(function*(options: {
     liveness.retire()
     // A handler that does not stop keeps its lease until the others see that this process is gone.
     const kept = runs.size + unsettled()
+    if (runs.size > 0) stop.stuck.openUnsafe()
     if (kept > 0) {
       yield* Effect.logWarning(
         `effect-pgqueue: ${runs.size} handlers did not stop, ${unsettled()} jobs could not be settled; they are rescued after the lease time`

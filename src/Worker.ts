@@ -11,7 +11,6 @@ import * as Exit from "effect/Exit"
 import * as Layer from "effect/Layer"
 import * as Option from "effect/Option"
 import * as Predicate from "effect/Predicate"
-import type * as Runtime from "effect/Runtime"
 import type * as Scope from "effect/Scope"
 import * as SqlClient from "effect/sql/SqlClient"
 import type { SqlError } from "effect/sql/SqlError"
@@ -22,6 +21,8 @@ import type * as Job from "./Job.ts"
 import { JobQueue, JobQueueError } from "./JobQueue.ts"
 import * as Loop from "./Loop.ts"
 import * as Router from "./Router.ts"
+
+export { runMain, teardown } from "./Main.ts"
 
 /**
  * The options of a worker.
@@ -75,7 +76,8 @@ type Needs<J extends ReadonlyArray<Job.Any>, M> =
  *
  * **Gotchas**
  *
- * Effect's `runMain` ends with code 130 after SIGTERM; pass it {@link teardown} for 0.
+ * Effect's `runMain` ends with code 130 after SIGTERM; pass it {@link teardown} for 0, or use {@link runMain}, which also
+ * hears a second signal.
  *
  * **Example** (A process that works)
  *
@@ -176,15 +178,6 @@ export const logged: Job.Middleware = (run, job) =>
     else yield* Effect.logWarning(`job ${job.kind} failed after ${took}`)
     return yield* exit
   })
-
-/**
- * Ends the process with code 0 when it was told to stop and did; for `NodeRuntime.runMain(…, { teardown })`.
- *
- * @category running
- * @since 0.1.0
- */
-export const teardown: Runtime.Teardown = (exit, onExit) =>
-  onExit(Exit.isSuccess(exit) || Cause.hasInterruptsOnly(exit.cause) ? 0 : 1)
 
 /** How long the start of a worker waits to learn whether its role may work, in milliseconds. */
 const permissionBound = 1000

@@ -19,8 +19,13 @@ export interface Cut {
   readonly process?: string
   /** The first such request, or a later one. */
   readonly nth?: number
-  /** The request never arrives (`lost`), arrives while its session ends (`sent`), or is answered and the answer is lost. */
-  readonly at: "lost" | "sent" | "answered"
+  /**
+   * The request never arrives (`lost`), arrives while its session ends (`sent`), is answered and the answer is lost
+   * (`answered`), or the answer arrives and nothing is cut (`acknowledged`).
+   */
+  readonly at: "lost" | "sent" | "answered" | "acknowledged"
+  /** The session is not reset: nothing of it arrives any more, and nobody is told. */
+  readonly silent?: boolean
 }
 
 /** What can be done to the network. What has a scope ends with it. */
@@ -47,8 +52,11 @@ export interface Net {
   readonly impostor: (answer: "nothing" | "garbage" | "alert") => Effect.Effect<void, never, Scope.Scope>
   /** New sessions are reset at once; those that are there too. */
   readonly refuse: Effect.Effect<void, never, Scope.Scope>
-  /** Resets one session at a point of a request; what is returned waits until it has happened. */
-  readonly cut: (cut: Cut, act?: () => void) => Effect.Effect<Effect.Effect<void>>
+  /**
+   * Resets one session at a point of a request, and acts at that very moment; what is returned waits until it has happened,
+   * and tells whose session it was.
+   */
+  readonly cut: (cut: Cut, act?: (process: string) => void) => Effect.Effect<Effect.Effect<string>>
   /** Leads new sessions elsewhere; those that are there are reset. */
   readonly lead: (target: string) => Effect.Effect<void>
 }
@@ -82,7 +90,9 @@ const matches = (which: Which, session: Session): boolean =>
 export const makeNet = Effect.fnUntraced(function*(target: string): Effect.fn.Return<Net, never, Scope.Scope> {
   const sessions = new Set<Session>()
   const rules = new Set<Rule>()
-  const cuts = new Set<{ readonly on: Cut; left: number; readonly hit: () => void }>()
+  const cuts = new Set<{ readonly on: Cut; left: number; readonly hit: (process: string) => void }>()
+  /** Sessions of which one side has gone behind a black hole: the other side hears of it when the hole ends. */
+  const orphans = new Map<Session, () => void>()
   let to = new URL(target)
   let impostor: "nothing" | "garbage" | "alert" | "refuse" | undefined
 
@@ -155,10 +165,14 @@ export const makeNet = Effect.fnUntraced(function*(target: string): Effect.fn.Re
     }
     sessions.add(session)
     const requests = readRequests()
-    let struck: (() => void) | undefined
-    const reset = () => {
-      client.resetAndDestroy()
-      upstream.destroy()
+    let struck: { readonly on: Cut; readonly act: () => void } | undefined
+    let dead = false
+    const end = (on: Cut) => {
+      if (on.silent === true) dead = true
+      else {
+        client.resetAndDestroy()
+        upstream.destroy()
+      }
     }
     for (const [socket, other] of [[client, upstream], [upstream, client]] as const) {
       socket.on("error", () => other.destroy())
@@ -167,6 +181,7 @@ export const makeNet = Effect.fnUntraced(function*(target: string): Effect.fn.Re
         // Nobody is told what happens on the other side of a black hole.
         const holes = [...rules].filter((rule) => rule.hole !== undefined && matches(rule.which, session))
         if (holes.length === 0) other.destroy()
+        else orphans.set(session, () => other.destroy())
       })
     }
     client.on("data", (chunk) => {
@@ -174,30 +189,38 @@ export const makeNet = Effect.fnUntraced(function*(target: string): Effect.fn.Re
       if (session.name === "") session.name = /application_name\0([^\0]*)\0/.exec(text)?.[1] ?? ""
       // What rules ask for are texts of statements; a session that sends much data is not to be remembered for it.
       if (session.sent.length < 200_000) session.sent += text
+      if (dead) return
       const hit = hitBy(session, requests(chunk))
       if (hit === undefined) return session.flows.requests.push(chunk)
       const { act, on } = hit
-      if (on.at === "answered") {
-        struck = act
+      if (on.at === "answered" || on.at === "acknowledged") {
+        struck = hit
         return session.flows.requests.push(chunk)
       }
       if (on.at === "lost") {
-        reset()
+        end(on)
         act()
       } else {
         // The server has it, and whoever sent it does not know.
         upstream.write(chunk, () => {
-          client.resetAndDestroy()
-          upstream.end()
+          if (on.silent === true) dead = true
+          else {
+            client.resetAndDestroy()
+            upstream.end()
+          }
           act()
         })
       }
     })
     upstream.on("data", (chunk) => {
+      if (dead) return
       if (struck === undefined) return session.flows.answers.push(chunk)
+      const { act, on } = struck
+      if (on.at === "acknowledged") session.flows.answers.push(chunk)
       if (!endsAnswer(chunk)) return
-      reset()
-      struck()
+      struck = undefined
+      if (on.at === "answered") end(on)
+      act()
     })
   })
 
@@ -211,7 +234,7 @@ export const makeNet = Effect.fnUntraced(function*(target: string): Effect.fn.Re
         ) continue
         if (!params.includes(on.param ?? "") || --cut.left > 0) continue
         cuts.delete(cut)
-        return { on, act: cut.hit }
+        return { on, act: () => cut.hit(session.name) }
       }
     }
     return undefined
@@ -225,6 +248,7 @@ export const makeNet = Effect.fnUntraced(function*(target: string): Effect.fn.Re
       Effect.sync(() => {
         rules.clear()
         for (const { client } of sessions) client.destroy()
+        for (const tell of orphans.values()) tell()
         server.close()
       })
   )
@@ -246,9 +270,14 @@ export const makeNet = Effect.fnUntraced(function*(target: string): Effect.fn.Re
         Effect.sync(() => {
           end()
           rules.delete(rule)
-          for (const { flows } of sessions) {
+          for (const { flows } of [...sessions, ...orphans.keys()]) {
             flows.requests.look()
             flows.answers.look()
+          }
+          for (const [session, tell] of orphans) {
+            if ([...rules].some((rule) => rule.hole !== undefined && matches(rule.which, session))) continue
+            orphans.delete(session)
+            tell()
           }
         })
     ))
@@ -280,14 +309,14 @@ export const makeNet = Effect.fnUntraced(function*(target: string): Effect.fn.Re
     refuse: posing("refuse"),
     cut: (on, act = () => {}) =>
       Effect.sync(() => {
-        let tell = () => {}
-        const happened = new Promise<void>((resolve) => (tell = resolve))
+        let tell: (process: string) => void = () => {}
+        const happened = new Promise<string>((resolve) => (tell = resolve))
         cuts.add({
           on,
           left: on.nth ?? 1,
-          hit: () => {
-            act()
-            tell()
+          hit: (process) => {
+            act(process)
+            tell(process)
           }
         })
         return Effect.promise(() => happened)

@@ -5,6 +5,7 @@
 import { PgClient } from "@effect/sql-pg"
 import { assert } from "@effect/vitest"
 import { Context, Effect, Layer, Redacted, Schedule, type Scope } from "effect"
+import * as Reactivity from "effect/reactivity/Reactivity"
 import { readdirSync, readFileSync } from "node:fs"
 import { inject } from "vitest"
 import * as Database from "../../src/Database.ts"
@@ -14,7 +15,7 @@ import type { ActorProgram } from "../programs/actor.ts"
 import { makeDatabase, ownServer, TestDatabase } from "../support/database.ts"
 import type { EmbeddedPostgres, StartOptions } from "../support/embedded.ts"
 import { createLedger, Ledger } from "../support/ledger.ts"
-import { type Program, startProgram } from "../support/processes.ts"
+import { type Ended, keepProgram, type Program, startProgram } from "../support/processes.ts"
 import { allInPlace, now, until } from "../support/queue.ts"
 import { type Allowed, evidence, invariants, ledgerTables, runs, watch } from "./invariants.ts"
 import { makeNet } from "./net.ts"
@@ -41,6 +42,14 @@ export interface Actor extends Program {
   readonly memory: () => number
   /** How many files and sockets it has open. */
   readonly files: () => number
+}
+
+/** A process that is started again whenever it ends. */
+export interface KeptActor {
+  /** The process of the moment. */
+  readonly current: () => Actor
+  /** How those before it have ended. */
+  readonly ends: () => ReadonlyArray<Ended>
 }
 
 type Settings = Partial<Omit<ActorProgram, "role" | "name" | "ledgerUrl">>
@@ -94,6 +103,8 @@ export const makeStage = Effect.fnUntraced(function*(options: StageOptions = {})
   yield* Effect.forEach(watch, (text) => truth.query(text))
 
   const actors: Array<Actor> = []
+  /** Those who start processes again: not once they are to stop. */
+  const keepers: Array<() => void> = []
   /** Faults so far that the server has forgotten claims in. */
   const crashes: Array<string> = []
 
@@ -105,23 +116,48 @@ export const makeStage = Effect.fnUntraced(function*(options: StageOptions = {})
   const recorded = <A = number>(text: string, params?: ReadonlyArray<unknown>) =>
     Effect.map(ledger.query(text, params), ([row]) => Object.values(row ?? {})[0] as A)
 
+  const programOf = (role: ActorProgram["role"], name: string, settings: Settings): ActorProgram => ({
+    ...timing,
+    url: net.url,
+    ...settings,
+    role,
+    name,
+    ledgerUrl
+  })
   const start = (role: ActorProgram["role"]) =>
     Effect.fnUntraced(function*(name: string, settings: Settings = {}) {
-      const program = yield* startProgram("actor.ts", {
-        ...timing,
-        url: net.url,
-        ...settings,
-        role,
-        name,
-        ledgerUrl
-      })
-      const actor = actorOf(name, program)
+      const actor = actorOf(name, yield* startProgram("actor.ts", programOf(role, name, settings)))
       actors.push(actor)
       return actor
     })
   const worker = start("worker")
   const producer = start("producer")
   const scheduler = start("scheduler")
+
+  /** Keeps a worker running, whatever its jobs do to it, until the play is finished. */
+  const kept = Effect.fnUntraced(function*(
+    name: string,
+    settings: Settings = {},
+    nodeOptions: ReadonlyArray<string> = []
+  ) {
+    let current: Actor | undefined
+    const keeper = yield* keepProgram("actor.ts", programOf("worker", name, settings), nodeOptions, (program) => {
+      current = actorOf(name, program)
+      actors.push(current)
+    })
+    keepers.push(keeper.letGo)
+    return { current: () => current!, ends: keeper.ends } satisfies KeptActor
+  })
+
+  /** Takes locks, on a session of its own, until they are released or the play is over. */
+  const locker = Effect.fnUntraced(function*(text: string) {
+    const sql = yield* PgClient.make({ url: redacted, applicationName: "locker", maxConnections: 1 }).pipe(
+      Effect.provideServiceEffect(Reactivity.Reactivity, Reactivity.make)
+    )
+    yield* sql.unsafe("begin")
+    yield* sql.unsafe(text)
+    return { release: Effect.asVoid(sql.unsafe("commit")) }
+  })
 
   /** How many runs have come to their end so far. */
   const runsEnded = recorded("select count(*)::int from ledger where phase = 'end'")
@@ -269,6 +305,7 @@ export const makeStage = Effect.fnUntraced(function*(options: StageOptions = {})
       Effect.map(value("select count(*)::int from pgqueue.worker"), (left) => left <= alive("worker").length),
       { within: 30_000 }
     )
+    for (const letGo of keepers) letGo()
     yield* stop("worker")
     yield* until(
       "the sessions of processes that ended are gone",
@@ -282,7 +319,9 @@ export const makeStage = Effect.fnUntraced(function*(options: StageOptions = {})
     yield* judge(options)
     const starts = yield* recorded("select count(distinct run)::int from ledger")
     const jobs = yield* recorded("select count(distinct job)::int from ledger")
-    return { jobs, again: starts - jobs }
+    const failed = yield* value("select count(*)::int from pgqueue.attempt where tag <> 'Lost'")
+    // Those that failed on purpose were to be started again.
+    return { jobs, failed, again: starts - jobs - failed }
   })
 
   return {
@@ -295,10 +334,14 @@ export const makeStage = Effect.fnUntraced(function*(options: StageOptions = {})
     value,
     recorded,
     services,
+    /** Runs what uses a queue on the scenario's own, directly on the server. */
+    here: <A, E, R>(effect: Effect.Effect<A, E, R>) => Effect.provideContext(effect, services),
     worker,
+    kept,
     producer,
     scheduler,
     fleet,
+    locker,
     runsEnded,
     during,
     /** Leads everybody to another server that has the same database. */

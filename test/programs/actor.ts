@@ -2,7 +2,6 @@
  * A process of the fault scenarios: a worker, a producer or a scheduler. Its options are JSON in the first argument; it says
  * "ready" and dies with its parent.
  */
-import * as NodeRuntime from "@effect/platform-node/NodeRuntime"
 import * as PgClient from "@effect/sql-pg/PgClient"
 import * as Cause from "effect/Cause"
 import * as Effect from "effect/Effect"
@@ -54,6 +53,8 @@ export interface ActorProgram {
   readonly rate?: number
   /** How long its jobs take, from and to. */
   readonly millis?: readonly [number, number]
+  /** It goes on when a promise is rejected, or an error thrown, and nobody was there to hear of it. */
+  readonly forgiving?: boolean
   /** How many schedules a scheduler declares, each for every second. */
   readonly schedules?: number
 }
@@ -195,6 +196,11 @@ if (process.argv[1]?.endsWith("actor.ts") === true) {
   process.on("disconnect", () => process.kill(process.pid, "SIGKILL"))
   // Sound: the scenarios write it from the same type.
   const options = JSON.parse(process.argv[2]!) as ActorProgram
+  if (options.forgiving === true) {
+    const note = (error: unknown) => console.log(`forgiven: ${String(error)}`)
+    process.on("unhandledRejection", note)
+    process.on("uncaughtException", note)
+  }
   const { concurrency, connections, gracePeriod, heartbeat, lease, name, pollInterval, rescueInterval } = options
   const PgLive = PgClient.layer({
     url: Redacted.make(options.url),
@@ -231,10 +237,9 @@ if (process.argv[1]?.endsWith("actor.ts") === true) {
     process.send?.("ready")
     process.channel?.unref()
   }))
-  NodeRuntime.runMain(
+  Worker.runMain(
     Layer.launch(Ready.pipe(Layer.provide(roles[options.role]), Layer.provide(QueueLive))).pipe(
       Effect.provideService(References.MinimumLogLevel, process.env["LOG"] === "debug" ? "Debug" : "Info")
-    ),
-    { teardown: Worker.teardown }
+    )
   )
 }

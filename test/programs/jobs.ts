@@ -1,8 +1,10 @@
 /** The jobs that the test's processes handle and the tests enqueue. */
 import * as Effect from "effect/Effect"
 import * as Layer from "effect/Layer"
+import * as Option from "effect/Option"
 import * as Schedule from "effect/Schedule"
 import * as Schema from "effect/Schema"
+import { EventEmitter } from "node:events"
 import { Job } from "../../src/index.ts"
 import { Ledger } from "../support/ledger.ts"
 
@@ -27,9 +29,31 @@ export class Flaky extends Job.make("flaky", { retry: Schedule.recurs(10) }) {}
 /** Writes that it started and keeps the event loop for `millis`, as a long computation would. */
 export class Block extends Job.make("block", { payload: { millis: Schema.Number } }) {}
 
-/** Writes that it started and takes its process down. */
+/** Writes that it started and takes its process down, or leaves something behind that may. */
 export class Poison extends Job.make("poison", {
-  payload: { how: Schema.Literals(["exit", "abort", "SIGKILL", "heap"]) }
+  payload: {
+    how: Schema.Literals([
+      "exit",
+      "abort",
+      "SIGKILL",
+      "heap",
+      "memory",
+      "rejects",
+      "throws late",
+      "emits late",
+      "emits"
+    ])
+  }
+}) {}
+
+/** Works for `first` milliseconds the first time, and for `next` when it is started again; the first time it ends as it is told. */
+export class Trial extends Job.make("trial", {
+  payload: {
+    first: Schema.Number,
+    next: Schema.Number,
+    how: Schema.Literals(["completes", "fails", "notes", "blocks", "dies before", "dies after"])
+  },
+  retry: {}
 }) {}
 
 const step = Effect.fnUntraced(function*(millis: number) {
@@ -74,17 +98,62 @@ const PoisonHandler = Poison.toLayer(({ how }) =>
         const kept: Array<Array<number>> = []
         while (true) kept.push(Array.from({ length: 100_000 }, (_, n) => n + kept.length))
       }
+      case "memory": {
+        const kept: Array<Buffer> = []
+        while (true) {
+          kept.push(Buffer.alloc(8 << 20, kept.length + 1))
+          yield* Effect.sleep(10)
+        }
+      }
+      case "rejects":
+        void Promise.reject(new Error("nobody listens"))
+        break
+      case "throws late":
+        setTimeout(() => {
+          throw new Error("nobody catches")
+        }, 1)
+        break
+      case "emits late":
+        setTimeout(() => new EventEmitter().emit("error", new Error("nobody hears")), 1)
+        break
+      case "emits":
+        new EventEmitter().emit("error", new Error("nobody hears"))
     }
+    // Where it does not take its process down it completes.
+    yield* Effect.sleep(50)
+    yield* Effect.flatMap(Ledger, ({ record }) => record("end"))
+  })
+)
+
+const die = Effect.suspend(() => {
+  process.kill(process.pid, "SIGKILL")
+  return Effect.never
+})
+const TrialHandler = Trial.toLayer(({ first, how, next }) =>
+  Effect.gen(function*() {
+    const { mention, record } = yield* Ledger
+    const again = Option.isSome((yield* Job.Current).lastFailure)
+    if (!again && how === "dies before") return yield* die
+    yield* record("start")
+    if (!again && how === "blocks") {
+      const end = performance.now() + first
+      while (performance.now() < end) { /* nothing else runs */ }
+    } else yield* Effect.onInterrupt(Effect.sleep(again ? next : first), () => mention("interrupted"))
+    if (!again && how === "notes") yield* Job.progress("noted")
+    yield* record("end")
+    if (!again && how === "dies after") return yield* die
+    if (!again && how === "fails") return yield* Effect.die("it fails the first time")
   })
 )
 
 /** What a worker process handles. */
-export const all = [Count, Step, Aside, Flaky, Block, Poison] as const
+export const all = [Count, Step, Aside, Flaky, Block, Poison, Trial] as const
 export const handlers = Layer.mergeAll(
   CountHandler,
   StepHandler,
   AsideHandler,
   FlakyHandler,
   BlockHandler,
-  PoisonHandler
+  PoisonHandler,
+  TrialHandler
 )

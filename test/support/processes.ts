@@ -80,9 +80,10 @@ const spawnProgram = Effect.fnUntraced(function*(
 /** Starts a program and waits until it says that it is ready. */
 export const startProgram = Effect.fnUntraced(function*(
   file: string,
-  options: object
+  options: object,
+  nodeOptions: ReadonlyArray<string> = []
 ): Effect.fn.Return<Program, never, Scope.Scope> {
-  const program = yield* spawnProgram(file, options, [])
+  const program = yield* spawnProgram(file, options, nodeOptions)
   yield* program.ready
   return program
 })
@@ -90,31 +91,49 @@ export const startProgram = Effect.fnUntraced(function*(
 /** Starts a worker process. */
 export const startWorker = (options: WorkerProgram) => startProgram("worker.ts", options)
 
-/** A worker process that is started again whenever it ends, as a supervisor would. */
+/** A process that is started again whenever it ends, as a supervisor would. */
 export interface Kept {
   /** The process of the moment; one that has just ended counts until the next one is there. */
   readonly current: () => Program
   /** How the processes before it have ended. */
   readonly ends: () => ReadonlyArray<Ended>
+  /** It is not to be started again. */
+  readonly letGo: () => void
 }
 
-/** Keeps a worker process running in the current scope. It may end before it is ready: a job may be the reason. */
-export const keepWorker = Effect.fnUntraced(function*(
-  options: WorkerProgram,
-  nodeOptions: ReadonlyArray<string> = []
+/** Keeps a program running in the current scope. It may end before it is ready: a job may be the reason. */
+export const keepProgram = Effect.fnUntraced(function*(
+  file: string,
+  options: object,
+  nodeOptions: ReadonlyArray<string> = [],
+  onStart: (program: Program) => void = () => {}
 ): Effect.fn.Return<Kept, never, Scope.Scope> {
   const ends: Array<Ended> = []
   const first = yield* Deferred.make<void>()
   let current: Program | undefined
+  let kept = true
   const life = Effect.scoped(Effect.gen(function*() {
-    current = yield* spawnProgram("worker.ts", options, nodeOptions)
+    current = yield* spawnProgram(file, options, nodeOptions)
+    onStart(current)
     yield* Deferred.succeed(first, undefined)
     ends.push(yield* current.ended)
   }))
-  yield* Effect.forkScoped(Effect.forever(life))
+  yield* Effect.forkScoped(Effect.gen(function*() {
+    while (kept) yield* life
+  }))
   yield* Deferred.await(first)
-  return { current: () => current!, ends: () => [...ends] }
+  return {
+    current: () => current!,
+    ends: () => [...ends],
+    letGo: () => {
+      kept = false
+    }
+  }
 })
+
+/** Keeps a worker process running. */
+export const keepWorker = (options: WorkerProgram, nodeOptions: ReadonlyArray<string> = []) =>
+  keepProgram("worker.ts", options, nodeOptions)
 
 /** Every process of a PostgreSQL server, the postmaster first. */
 export const serverProcesses = (dataDir: string): ReadonlyArray<number> => {

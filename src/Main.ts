@@ -1,0 +1,129 @@
+/**
+ * The end of a process that works, as its signals ask for it.
+ *
+ * @since 0.1.0
+ */
+import * as Cause from "effect/Cause"
+import * as Context from "effect/Context"
+import * as Effect from "effect/Effect"
+import * as Exit from "effect/Exit"
+import * as Latch from "effect/Latch"
+import * as Runtime from "effect/Runtime"
+
+/**
+ * What the workers of a process and its runner know of each other.
+ */
+export interface Stop {
+  /** Open when nothing is to be waited for any more. */
+  readonly urgent: Latch.Latch
+  /** Open when a handler did not stop. */
+  readonly stuck: Latch.Latch
+}
+
+const make = (): Stop => ({ urgent: Latch.makeUnsafe(false), stuck: Latch.makeUnsafe(false) })
+
+/** Where nobody says more, nothing is ever urgent. */
+export const Stop = Context.Reference<Stop>("effect-pgqueue/Main/Stop", {
+  defaultValue: make
+})
+
+/** Signals that follow each other this closely are one, in milliseconds: what the terminal sends to all, npm passes on. */
+const together = 100
+
+/**
+ * How long the rest of the program may take to close when a handler did not stop: it may keep what the others wait for. A
+ * pool waits without end for a connection on which a COMMIT is not answered.
+ */
+const patience = "1 second"
+
+/**
+ * Ends the process with code 0 when it was told to stop and did; for `NodeRuntime.runMain(…, { teardown })`.
+ *
+ * @category running
+ * @since 0.1.0
+ */
+export const teardown: Runtime.Teardown = (exit, onExit) =>
+  onExit(Exit.isSuccess(exit) || Cause.hasInterruptsOnly(exit.cause) ? 0 : 1)
+
+/**
+ * Runs the program of a process that works, in place of `NodeRuntime.runMain`: who tells it to stop again is heard.
+ *
+ * **Details**
+ *
+ * The first SIGTERM or SIGINT stops the program: its workers give their handlers the grace period. The second one ends
+ * that: handlers are interrupted at once, and their jobs handed back without spending an attempt. The third one ends the
+ * process with code 130, and whatever it still held is rescued after the lease time. Signals within 100 ms count as one.
+ *
+ * The exit code is 0 when it was told to stop and did, and 1 when it failed or a handler did not stop. With a `teardown` of
+ * your own it is what that says.
+ *
+ * When a handler did not stop, the process ends one second after its worker has: such a handler may hold a connection, its
+ * COMMIT on a dead link for one, and a pool waits for that without end.
+ *
+ * **Example** (A process that can be hurried)
+ *
+ * ```ts
+ * import { PgClient } from "@effect/sql-pg"
+ * import { Config, Effect, Layer } from "effect"
+ * import { Job, JobQueue, Worker } from "effect-pgqueue"
+ *
+ * class Sweep extends Job.make("sweep") {}
+ *
+ * const SweepHandler = Sweep.toLayer(() => Effect.log("swept"))
+ * const PgLive = PgClient.layerConfig({ url: Config.Redacted("DATABASE_URL") })
+ * const QueueLive = JobQueue.layer().pipe(Layer.provideMerge(PgLive))
+ *
+ * const Main = Worker.layer({ jobs: [Sweep] }).pipe(Layer.provide([SweepHandler, QueueLive]))
+ *
+ * Worker.runMain(Layer.launch(Main))
+ * ```
+ *
+ * @category running
+ * @since 0.1.0
+ */
+export const runMain = <A, E>(
+  effect: Effect.Effect<A, E>,
+  options?: {
+    /** Logs nothing when the program fails. Default `false`. */
+    readonly disableErrorReporting?: boolean | undefined
+    /** Chooses the exit code. */
+    readonly teardown?: Runtime.Teardown | undefined
+  }
+): void => {
+  const stop = make()
+  let stuck = false
+  const watchdog = Effect.gen(function*() {
+    yield* stop.stuck.await
+    stuck = true
+    yield* Effect.sleep(patience)
+    process.exit(1)
+  })
+  const run = Runtime.makeRunMain(({ fiber, teardown }) => {
+    let signals = 0
+    let last = -Infinity
+    const onSignal = () => {
+      const at = performance.now()
+      if (at - last < together) return
+      last = at
+      signals++
+      if (signals === 1) {
+        Effect.runFork(watchdog)
+        fiber.interruptUnsafe(fiber.id)
+      } else if (signals === 2) stop.urgent.openUnsafe()
+      else process.exit(130)
+    }
+    process.on("SIGINT", onSignal)
+    process.on("SIGTERM", onSignal)
+    fiber.addObserver((exit) => {
+      process.off("SIGINT", onSignal)
+      process.off("SIGTERM", onSignal)
+      teardown(exit, (code) => {
+        if (signals > 0 || code !== 0) process.exit(code)
+      })
+    })
+  })
+  run(Effect.provideService(effect, Stop, stop), {
+    ...options,
+    teardown: options?.teardown ?? ((exit, onExit) => teardown(exit, (code) => onExit(stuck ? 1 : code)))
+  })
+}
