@@ -42,7 +42,10 @@ export interface Actor extends Program {
   readonly files: () => number
 }
 
-type Settings = Partial<Omit<ActorProgram, "role" | "name" | "ledgerUrl">>
+type Settings = Partial<Omit<ActorProgram, "role" | "name">> & {
+  /** A command that becomes the process: one that leads it into another network, for instance. */
+  readonly through?: ReadonlyArray<string>
+}
 
 const actorOf = (name: string, program: Program): Actor => ({
   ...program,
@@ -101,15 +104,9 @@ export const makeStage = Effect.fnUntraced(function*(options: StageOptions = {})
     Effect.map(ledger.query(text, params), ([row]) => Object.values(row ?? {})[0] as A)
 
   const start = (role: ActorProgram["role"]) =>
-    Effect.fnUntraced(function*(name: string, settings: Settings = {}) {
-      const program = yield* startProgram("actor.ts", {
-        ...timing,
-        url: net.url,
-        ...settings,
-        role,
-        name,
-        ledgerUrl
-      })
+    Effect.fnUntraced(function*(name: string, { through, ...settings }: Settings = {}) {
+      const options = { ...timing, url: net.url, ledgerUrl, ...settings, role, name }
+      const program = yield* startProgram("actor.ts", options, through)
       const actor = actorOf(name, program)
       actors.push(actor)
       return actor
