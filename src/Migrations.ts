@@ -320,7 +320,8 @@ const pace = (s: string): ReadonlyArray<string> => [
   `alter table ${s}.lease alter column ids set storage external`
 ]
 
-const migrations: ReadonlyArray<
+/** In their order. @internal */
+export const migrations: ReadonlyArray<
   readonly [id: number, name: string, (quotedSchema: string, channel: string) => ReadonlyArray<string>]
 > = [
   [1, "initial", initial],

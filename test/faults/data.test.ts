@@ -436,7 +436,7 @@ scenarios("data", (scenario) => {
   scenario("I5", "a kind that nobody handles yet", { short: true }, (stage) =>
     Effect.gen(function*() {
       const worker = yield* stage.worker("worker")
-      const strangers = 2500
+      const strangers = full ? 2500 : 200
       yield* stage.rows("select pgqueue.enqueue('strange', priority => 0) from generate_series(1, $1::int)", [
         strangers
       ])
@@ -527,6 +527,7 @@ scenarios("data", (scenario) => {
         assert.deepInclude(error, { _tag: "JobQueueError", reason: "Unsupported" })
         assert.match(error.message, /must be encoded in UTF8, this one is/)
         refused.push(error.message)
+        if (!full) continue
         const started = yield* Effect.exit(stage.worker(`worker ${encoding}`, { url: Redacted.value(url) }))
         assert.match(String(started), /must be encoded in UTF8/)
       }
