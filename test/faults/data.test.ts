@@ -96,7 +96,7 @@ const bad: ReadonlyArray<unknown> = [
       throw new Error("a proxy")
     }
   }),
-  new Array(3),
+  Object.assign([], { length: 3 }),
   "x".repeat(1024 * 1024)
 ]
 
