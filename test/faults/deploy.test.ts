@@ -125,11 +125,12 @@ scenarios("a deploy", (scenario) => {
         let cuts = 0
         let kills = 0
         let left = 0
-        const at = ["lost", "sent", "answered"] as const
+        // Inside a transaction nothing more comes of it that an answer is still on its way.
+        const at = ["lost", "sent"] as const
         for (let nth = 1; nth < 200; nth += full ? 2 : 9) {
           // The library itself goes on after a cut.
           const { url } = yield* makeDatabase(victim.url)
-          const hit = yield* net.cut({ text: "", process: "cut", nth, at: at[(nth >> 1) % 3]! })
+          const hit = yield* net.cut({ text: "", process: "cut", nth, at: at[(nth >> 1) % 2]! })
           yield* Effect.scoped(queueAt(through(url), { applicationName: "cut" }))
           const struck = yield* Effect.timeoutOption(hit, 20)
           yield* completes(Redacted.value(url), `cut at request ${nth}`)
@@ -257,7 +258,7 @@ scenarios("a deploy", (scenario) => {
   scenario(
     "J5",
     "columns come, go and change their type under load",
-    { short: true, minutes: 4 },
+    { minutes: 4 },
     (stage) =>
       Effect.gen(function*() {
         const cast = yield* stage.fleet()

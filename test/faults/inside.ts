@@ -20,7 +20,7 @@ export const waits = Effect.fnUntraced(function*(stage: Stage, kind: string) {
   )
   const enqueued = yield* stage.rows<{ id: string; at: number }>(
     `select id::text, (extract(epoch from enqueued_at) * 1000)::float8 as at from pgqueue.finished where kind = $1
-     union all select id::text, (extract(epoch from enqueued_at) * 1000)::float8 from pgqueue.job where kind = $1`,
+     union all select id::text, (extract(epoch from enqueued_at) * 1000)::float8 from pgqueue.job where kind = $1 order by 2`,
     [kind]
   )
   const at = new Map(started.map((one) => [one.job, one.at]))

@@ -157,6 +157,8 @@ export const makeNet = Effect.fnUntraced(function*(
   const server = createServer({ noDelay: true }, (client) => {
     client.on("error", () => client.destroy())
     if (impostor !== undefined) {
+      // What is not read has no end.
+      client.resume()
       if (impostor === "refuse") client.resetAndDestroy()
       else if (impostor === "garbage") client.write("HTTP/1.1 400 Bad Request\r\n\r\n")
       else if (impostor === "alert") client.write(Buffer.from([0x15, 0x03, 0x01, 0x00, 0x02, 0x02, 0x28]))

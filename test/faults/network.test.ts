@@ -45,7 +45,8 @@ scenarios("the network", (scenario) => {
       const recovered = yield* stage.recoveries()
       const counts = yield* stage.finish()
       // Of the others the next reset may come before they have been recovered from.
-      assert.isBelow(recovered.at(-1)!, 2000, recovered.join(" "))
+      // Short, the rate before is that of a fleet that has only just begun.
+      assert.isBelow(recovered.at(-1)!, full ? 2000 : 5000, recovered.join(" "))
       return { ...counts, resets: `${rounds}`, recovered: recovered.at(-1)! }
     }))
 
@@ -181,11 +182,15 @@ scenarios("the network", (scenario) => {
     }))
 
   // Each way takes 100 ms ± 50 ms, so that an answer takes 200 ms ± 100 ms. To connect takes six of these: a lease of 3 s would
-  // leave no room for one heartbeat that does not get through.
+  // leave no room for one heartbeat that does not get through. A job in a transaction takes eight answers, and that long a slot.
   scenario("E5", "every answer takes 200 ms more", {}, (stage) =>
     Effect.gen(function*() {
       yield* stage.net.slow({ delay: 100, jitter: 50 })
-      const cast = yield* stage.fleet({ rate: 200, warm: 20_000, settings: { lease: 6000, heartbeat: 2000 } })
+      const cast = yield* stage.fleet({
+        rate: 200,
+        warm: 20_000,
+        settings: { lease: 6000, heartbeat: 2000, concurrency: 25, connections: 25 }
+      })
       const waited = yield* stage.ledger.query<{ kind: string; ms: number }>(
         `select (extract(epoch from min(l.at) - i.begun_at) * 1000)::float8 as ms from intent i
          join ledger l on l.phase = 'start' and l.note = i.key::text group by i.key, i.begun_at`
@@ -301,16 +306,18 @@ scenarios("the network", (scenario) => {
       const timers = keepAlives(worker.pid, port)
       assert.strictEqual(timers.length, stage.net.sessions({ process: "worker" }))
       assert.isBelow(largest(timers), 10_500, timers.join(" "))
-      const [before] = [yield* stage.net.blackHole({ process: "worker", silent: 12_000, heal: "reset" })].map(() =>
-        stage.net.sessions({ process: "worker" })
-      )
-      const [one] = yield* Effect.andThen(
-        enqueue,
-        Effect.andThen(stage.untilAllEnded(), waits(stage, "count").pipe(Effect.map((all) => [all.at(-1)!])))
+      const longest = yield* stage.during(
+        "silence",
+        Effect.gen(function*() {
+          yield* stage.net.blackHole({ process: "worker", silent: 12_000, heal: "deliver" })
+          yield* enqueue
+          yield* stage.untilAllEnded()
+          return (yield* waits(stage, "count")).at(-1)!
+        })
       )
       const counts = yield* stage.finish()
-      assert.isBelow(one!, poll + 1000)
-      return { ...counts, sessions: `${before}`, "keep-alive within": largest(timers), waited: one! }
+      assert.isBelow(longest, poll + 1000)
+      return { ...counts, "keep-alive within": largest(timers), waited: longest }
     }))
 
   scenario(
@@ -364,6 +371,7 @@ scenarios("the network", (scenario) => {
       const producer = yield* stage.producer("producer", { rate: 20 })
       yield* until("it works", Effect.map(stage.runsEnded, (n) => n > 20))
       const used: Record<string, string> = {}
+      const files = worker.files()
       let recovered = 0
       for (const answer of ["nothing", "garbage", "alert"] as const) {
         const before = worker.output().length
@@ -389,11 +397,12 @@ scenarios("the network", (scenario) => {
         assert.isBelow(lines, 20 * length / 1000, worker.output().slice(before))
       }
       assert.isTrue(worker.running() && producer.running())
+      assert.isBelow(worker.files(), files + 10)
       const counts = yield* stage.finish()
       assert.isBelow(recovered, 3000)
       return { ...counts, ...used, recovered }
     }))
-})
+}, { settings: { max_connections: 400 } })
 
 /** When the kernel will ask whether each session of a process to a port is still there, in milliseconds; a day if never. */
 const keepAlives = (pid: number, port: number): ReadonlyArray<number> => {

@@ -60,7 +60,7 @@ scenarios("NOTIFY", (scenario) => {
   scenario(
     "F1",
     "a job comes just when the worker has found nothing",
-    { short: true },
+    { short: true, minutes: 6 },
     (stage) =>
       Effect.gen(function*() {
         const measured: Array<number> = []
@@ -181,7 +181,7 @@ scenarios("NOTIFY", (scenario) => {
   scenario(
     "F6",
     "producers with 64 sessions, with NOTIFY and without",
-    { short: true },
+    {},
     (stage) =>
       Effect.gen(function*() {
         const channel = Database.channelOf("pgqueue")

@@ -221,6 +221,10 @@ export const makeStage = Effect.fnUntraced(function*(options: StageOptions = {})
         const found = yield* Effect.tapError(rows(query), () => Effect.logError(`cannot be asked: ${name}`))
         if (found.length > 0) violations[name] = found.slice(0, 5)
       }
+      if ("I13 no defect" in violations) {
+        const said = actors.flatMap(({ output }) => /an enqueue died[^]{0,2000}/.exec(output()) ?? [])
+        yield* Effect.logError(said.join("\n"))
+      }
       assert.deepStrictEqual(violations, {})
       yield* Effect.provideService(allInPlace, Ledger, truth)
       for (const { name, output } of actors) {
