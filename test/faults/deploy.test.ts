@@ -145,10 +145,10 @@ scenarios("a deploy", (scenario) => {
             urls: [through(other)],
             queues: 1
           })
-          yield* net.cut(
+          yield* Effect.asVoid(net.cut(
             { text: "", process: "killed", nth, at: at[(nth >> 1) % 2]! },
             () => process.kill(booter.pid, "SIGKILL")
-          )
+          ))
           yield* control`select pg_advisory_unlock(0)`
           assert.strictEqual((yield* booter.ended).signal, "SIGKILL", booter.output())
           kills++

@@ -1,6 +1,6 @@
 /** What happens between processes and PostgreSQL: resets, silence, latency, narrow lines, lost answers, impostors. */
 import { assert } from "@effect/vitest"
-import { Effect, Exit, Fiber } from "effect"
+import { Effect, Exit, Fiber, Random } from "effect"
 import { SqlClient } from "effect/sql"
 import { execFileSync } from "node:child_process"
 import { randomUUID } from "node:crypto"
@@ -38,7 +38,7 @@ scenarios("the network", (scenario) => {
       const rounds = full ? 25 : 3
       for (let round = 0; round < rounds; round++) {
         yield* stage.during(`reset ${round}`, stage.net.reset())
-        yield* Effect.sleep((full ? 1000 : 500) + Math.random() * (full ? 4000 : 1000))
+        yield* Effect.sleep((full ? 1000 : 500) + (yield* Random.next) * (full ? 4000 : 1000))
       }
       yield* Effect.sleep(5000)
       for (const actor of cast.workers) assert.isTrue(actor.running(), actor.output())
@@ -337,7 +337,7 @@ scenarios("the network", (scenario) => {
         const surfaced: Array<string> = []
         const interrupting = Effect.gen(function*() {
           const fiber = yield* Effect.forkChild(Admin.get(randomUUID()), { startImmediately: true })
-          yield* Effect.sleep(Math.random() * 12)
+          yield* Effect.sleep((yield* Random.next) * 12)
           yield* Fiber.interrupt(fiber)
           if (Exit.isFailure(yield* Fiber.await(fiber))) interrupted++
         })

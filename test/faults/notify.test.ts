@@ -1,7 +1,7 @@
 /** NOTIFY and LISTEN: hints that come late, never, or in masses, and a server that takes no more of them. */
 import { PgClient } from "@effect/sql-pg"
 import { assert } from "@effect/vitest"
-import { Context, Deferred, Effect, Fiber, Layer, Logger, Queue } from "effect"
+import { Context, Deferred, Effect, Fiber, Layer, Logger, Queue, Random } from "effect"
 import { SqlClient } from "effect/sql"
 import * as Database from "../../src/Database.ts"
 import { Job, type JobQueue, Worker } from "../../src/index.ts"
@@ -70,7 +70,7 @@ scenarios("NOTIFY", (scenario) => {
           for (let round = 0; round < rounds; round++) {
             measured.push(yield* ping(Ping.enqueue(), stage.services))
             // From "it has not settled yet" to "it waits".
-            if (round % 4 > 0) yield* Effect.sleep(Math.random() * 2 * (round % 4))
+            if (round % 4 > 0) yield* Effect.sleep((yield* Random.next) * 2 * (round % 4))
           }
         }))
         yield* stage.finish()
@@ -264,7 +264,7 @@ scenarios("NOTIFY", (scenario) => {
           yield* until("it has started", Effect.sync(() => started.has(id)))
           measured.push(started.get(id)! - begun)
           // Anywhere between two looks.
-          yield* Effect.sleep(Math.random() * interval)
+          yield* Effect.sleep((yield* Random.next) * interval)
         }
         const p99 = quantile(measured, 0.99)
         // 100 ms in the table, and as much again for a busy machine.
