@@ -5,6 +5,7 @@
  */
 import * as Database from "./Database.ts"
 import * as Inspection from "./Inspection.ts"
+import { maxPayloadBytes } from "./Migrations.ts"
 
 /** The first lane of suspects: jobs that have lost their worker more than once wait in 100 + priority. */
 export const suspectLane = 100
@@ -47,7 +48,8 @@ export interface ClaimedRow {
   readonly scheduled_for: number
   /** The database's clock when it was claimed. */
   readonly claimed_at: number
-  readonly payload: string
+  /** JSON text; `null` when it is larger than any payload may be. */
+  readonly payload: string | null
   /** JSON text. */
   readonly progress: string | null
   /** It was cancelled while it stood in line, by a transaction that saw it elsewhere. */
@@ -73,7 +75,7 @@ export const rowOf = (row: ReadonlyArray<unknown>): ClaimedRow => ({
   enqueued_at: row[11] as number,
   scheduled_for: row[12] as number,
   claimed_at: row[13] as number,
-  payload: row[14] as string,
+  payload: row[14] as string | null,
   progress: row[15] as string | null,
   cancelled: row[16] as boolean,
   history: row[17] as string | null
@@ -127,6 +129,13 @@ const historySize = 1_048_576
  */
 const microseconds = (column: string) => `round(date_part('epoch', ${column}) * 1000000)`
 
+/**
+ * What somebody has written past the limit may be more than a client can read: then the statement would fail each time, and
+ * its connection with it. Compression makes text 255 times smaller at most, so that mostly a look at the stored size is enough.
+ */
+const payload = `case when pg_column_size(payload) < ${Math.floor(maxPayloadBytes / 256)} then payload::text
+        when octet_length(payload::text) <= ${maxPayloadBytes} then payload::text end`
+
 const runAt = `(${microseconds("due")})::int8::text`
 
 /**
@@ -176,7 +185,7 @@ export const statement = (s: string): string => {
     select picked::text as id, lane, ${runAt} as run_at, kind, priority, attempt, max_attempts,
       rescued, timeout_ms::float8 as timeout_ms, trace, metadata::text as metadata,
       ${microseconds("enqueued_at")} / 1000 as enqueued_at, ${microseconds("scheduled_for")} / 1000 as scheduled_for,
-      ${microseconds("clock_timestamp()")} / 1000 as claimed_at, payload::text as payload,
+      ${microseconds("clock_timestamp()")} / 1000 as claimed_at, ${payload} as payload,
       progress::text as progress, cancelled_at is not null as cancelled, case when attempt > 0 or rescued > 0 then (
         select json_agg(json_build_object('n', a.n, 'tag', a.tag, 'at', ${Inspection.millis("a.ended_at")},
           'message', case when a.size <= ${historySize} then a.message end, 'error', case when a.size <= ${historySize} then a.error end) order by a.id)

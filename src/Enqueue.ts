@@ -4,6 +4,7 @@
  *
  * @since 0.1.0
  */
+import * as Cause from "effect/Cause"
 import * as Clock from "effect/Clock"
 import * as Context from "effect/Context"
 import * as DateTime from "effect/DateTime"
@@ -205,6 +206,19 @@ export const resolver = <P extends Schema.Top>(options: {
   const misfitIssue = (issue: SchemaIssue.Issue) => misfit(new Schema.SchemaError(issue).message)
   const misfitError = (error: Schema.SchemaError) => misfit(error.message)
 
+  const unreadable = (cause: unknown) =>
+    Effect.fail(misfit(`the payload cannot be read: ${cause instanceof Error ? cause.message : typeof cause}`))
+  /** A getter of the input may throw: a throw, or what the codec makes of it. */
+  const reading = <A, R>(read: () => Effect.Effect<A, EnqueueError, R>): Effect.Effect<A, EnqueueError, R> => {
+    try {
+      const result = read()
+      const died = isExit(result) && Exit.isFailure(result) ? result.cause.reasons.find(Cause.isDieReason) : undefined
+      return died === undefined ? result : unreadable(died.defect)
+    } catch (cause) {
+      return unreadable(cause)
+    }
+  }
+
   const termsOf = (own: EnqueueOptions): Terms | EnqueueError => {
     const queue = own.queue ?? defaults.queue
     const nameProblem = problemOfName("kind", kind, 200) ?? problemOfName("queue", queue, 128)
@@ -300,9 +314,11 @@ export const resolver = <P extends Schema.Top>(options: {
     origin: Origin
   ): Effect.Effect<Store.NewJob, EnqueueError, P["EncodingServices"]> =>
     Effect.flatMapEager(
-      Effect.mapErrorEager(schema.makeEffect(input === undefined && !takesUndefined ? {} : input), misfitIssue),
+      reading(() =>
+        Effect.mapErrorEager(schema.makeEffect(input === undefined && !takesUndefined ? {} : input), misfitIssue)
+      ),
       (payload) =>
-        Effect.flatMapEager(Effect.mapErrorEager(encode(payload), misfitError), (encoded) => {
+        Effect.flatMapEager(reading(() => Effect.mapErrorEager(encode(payload), misfitError)), (encoded) => {
           const job = jobOf(payload, encoded, termsFor, origin)
           return job instanceof EnqueueError ? Effect.fail(job) : Effect.succeed(job)
         })

@@ -14,18 +14,30 @@ import * as Outcome from "./Outcome.ts"
 export interface Episode {
   readonly failed: (cause: Cause.Cause<unknown>) => Effect.Effect<void>
   readonly succeeded: Effect.Effect<void>
+  /** Waits after a failure, as `forever` does: 200 ms, then twice as long each time, and a second at most. */
+  readonly rest: Effect.Effect<void>
   /**
-   * Runs one round after the other until it is interrupted; after one that failed, not for `rest` milliseconds, 200 by
-   * default. When a round has `succeeded` it says itself: some end before they have asked the database for anything.
+   * Runs one round after the other until it is interrupted; after one that failed, not for `rest` milliseconds, by default
+   * 200, then twice as long each time, and a second at most: what cannot be reached is not to cost a process much. When a round has `succeeded` it says itself: some end before they have asked the database for anything.
    */
   readonly forever: <E, R>(round: Effect.Effect<unknown, E, R>, rest?: number) => Effect.Effect<never, never, R>
 }
+
+const shortest = 200
+const longest = 1000
 
 /**
  * Begins to watch a loop, named by what it does.
  */
 export const make = (what: string): Episode => {
   let failing = false
+  /** How long the next rest is, in milliseconds. */
+  let pause = shortest
+  const rest = Effect.suspend(() => {
+    const millis = pause
+    pause = Math.min(longest, 2 * pause)
+    return Effect.sleep(millis)
+  })
   const failed: Episode["failed"] = (cause) =>
     Effect.suspend(() => {
       if (failing) return Effect.logDebug(`effect-pgqueue: ${what} still does not go through`, Outcome.describe(cause))
@@ -35,11 +47,16 @@ export const make = (what: string): Episode => {
     })
   return {
     failed,
-    forever: (round, rest = 200) =>
-      Effect.forever(Effect.catchCause(round, (cause) => Effect.andThen(failed(cause), Effect.sleep(rest)))),
+    rest,
+    forever: (round, millis) =>
+      Effect.forever(
+        Effect.catchCause(round, (cause) =>
+          Effect.andThen(failed(cause), millis === undefined ? rest : Effect.sleep(millis)))
+      ),
     succeeded: Effect.suspend(() => {
       if (!failing) return Effect.void
       failing = false
+      pause = shortest
       return Effect.logInfo(`effect-pgqueue: ${what} goes through again`)
     })
   }

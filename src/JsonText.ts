@@ -49,6 +49,8 @@ const problemOfValue = (value: unknown, depth: number): string | undefined => {
     case "object": {
       if (value === null) return undefined
       if (depth > maxDepth) return `is nested deeper than ${maxDepth}`
+      // What was looked at would not be what is written.
+      if ("toJSON" in value && typeof value.toJSON === "function") return "holds an object with a toJSON of its own"
       if (Array.isArray(value)) {
         for (const item of value) {
           const problem = problemOfValue(item, depth + 1)

@@ -238,7 +238,10 @@ const initial = (s: string, channel: string): ReadonlyArray<string> => [
     if inserted is not null then
       insert into ${s}.ready (queue, lane, run_at, id, kind, attempt) values (enqueue.queue, enqueue.priority, due, asked, enqueue.kind, 0);
       perform ${s}.refuse_finished(array[asked], 1);
-      perform pg_notify('${channel}', '0 ' || enqueue.queue);
+      -- Where a session that listens and does nothing has filled the server's queue, the commit would fail.
+      if pg_notification_queue_usage() < 0.9 then
+        perform pg_notify('${channel}', case when octet_length(enqueue.queue) < 190 then '0 ' || enqueue.queue else 'look' end);
+      end if;
     elsif hashed is not null then
       -- The id is there under another key, or without one: nobody would ever give this key back.
       delete from ${s}.unique_key k where k.key = hashed and k.job = asked;
@@ -325,7 +328,8 @@ const pace = (s: string): ReadonlyArray<string> => [
   `alter table ${s}.lease alter column ids set storage external`
 ]
 
-const migrations: ReadonlyArray<
+/** In their order. @internal */
+export const migrations: ReadonlyArray<
   readonly [id: number, name: string, (quotedSchema: string, channel: string) => ReadonlyArray<string>]
 > = [
   [1, "initial", initial],

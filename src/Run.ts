@@ -156,6 +156,7 @@ export const make = (options: {
         /** Everything of the user's. */
         const body = Effect.suspend(() => {
           fiber.setContext(surroundings.context)
+          if (row.payload === null) return Effect.fail(new Ending.Undecodable(tooLarge))
           const decoded = handling.decode(JSON.parse(row.payload))
           if (Bounded.isDone(decoded)) return handle(decoded.value, startedAt)
           fiber.setContext(surroundings.informed(subject))
@@ -205,6 +206,8 @@ export const make = (options: {
 }
 
 const none: ReadonlyArray<never> = []
+
+const tooLarge = "the payload is larger than any may be"
 
 /**
  * Interrupts the run when its time is over. A handler that does not stop keeps its slot and its lease, so that it never

@@ -141,7 +141,7 @@ export const make = (options: {
             most = Math.max(1, Math.min(most, entries.length) >> 1)
           }
           again(entries)
-          return Effect.andThen(episode.failed(cause), Effect.sleep("200 millis"))
+          return Effect.andThen(episode.failed(cause), episode.rest)
         })
       )
 

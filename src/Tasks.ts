@@ -168,6 +168,28 @@ export const auditOnce = Effect.fnUntraced(function*(
   return { jobs, last }
 })
 
+/** From when on the server's queue of notifications is worth a warning. */
+const alarming = 0.5
+
+/**
+ * Watches the server's queue of notifications: a session that listens and holds a transaction open keeps everything in it.
+ */
+const watchingNews = (store: Store.Store) => {
+  let warned = false
+  return Effect.gen(function*() {
+    const usage = yield* Bounded.bounded(store.newsUsage, askBound)
+    yield* Metric.update(Telemetry.notificationQueueUsage, usage)
+    const alarmed = warned
+    warned = usage >= alarming
+    if (alarmed || !warned) return
+    yield* Effect.logWarning(
+      `effect-pgqueue: the server's queue of notifications is ${
+        Math.round(usage * 100)
+      } % full: a session that listens holds a transaction open. When it is full, jobs are found by polling alone`
+    )
+  })
+}
+
 /** Runs removals to the end of what is to be removed, one after the other with a pause; returns how many rows that were. */
 const removeAll = Effect.fnUntraced(function*(
   store: Store.Store,
@@ -254,7 +276,11 @@ interface Task {
   readonly once: (having: Having) => Effect.Effect<number, SqlError | Bounded.TimedOut>
 }
 
-const tasks = (store: Store.Store, wakeup: Wakeup.Wakeup): ReadonlyArray<Task> => [
+const tasks = (
+  store: Store.Store,
+  wakeup: Wakeup.Wakeup,
+  watchNews: ReturnType<typeof watchingNews>
+): ReadonlyArray<Task> => [
   {
     name: "rescue",
     what: "the rescue of lost jobs",
@@ -268,7 +294,7 @@ const tasks = (store: Store.Store, wakeup: Wakeup.Wakeup): ReadonlyArray<Task> =
     judges: true,
     once: ({ position }) =>
       Effect.flatMap(
-        auditOnce(store, wakeup, position),
+        Effect.andThen(watchNews, auditOnce(store, wakeup, position)),
         ({ jobs, last }) => Effect.as(Bounded.bounded(store.goOn("audit", last), askBound), jobs)
       )
   },
@@ -317,7 +343,7 @@ export const loops = (options: {
   /** It begins nothing more. */
   readonly stopping: () => boolean
 }): ReadonlyArray<Effect.Effect<never>> =>
-  tasks(options.store, options.wakeup).map((task) => {
+  tasks(options.store, options.wakeup, watchingNews(options.store)).map((task) => {
     const { store } = options
     const own = options.intervals[task.name]
     const episode = Episode.make(task.what)

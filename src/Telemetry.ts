@@ -28,6 +28,17 @@ export const misplacedJobs: Metric.Counter<number> = Metric.counter("effect_pgqu
 })
 
 /**
+ * How full the server's queue of notifications is, from 0 to 1. From a half on it is logged: somebody listens and holds a
+ * transaction open, and when it is full, jobs are found by polling alone.
+ *
+ * @category metrics
+ * @since 0.1.0
+ */
+export const notificationQueueUsage: Metric.Gauge<number> = Metric.gauge("effect_pgqueue_notification_queue_usage", {
+  description: "How full the server's queue of notifications is, from 0 to 1"
+})
+
+/**
  * Turns of the tasks that the processes share, taken by this one. The attribute `task` of this and the next three says which:
  * `rescue`, `parking`, `audit`, `cleanup` or `keys`.
  *

@@ -147,9 +147,11 @@ const statements = (s: string) => {
     )
     select array_to_string(array_agg(id), ',') as repaired, json_agg(distinct queue)::text as queues from back`
 
+  const newsUsage = "select pg_notification_queue_usage()::float8 as usage"
+
   const bound = "select set_config(name, value, true) from unnest($1::text[], $2::text[]) as s(name, value)"
 
-  return { bound, reap, park, unpark, audit, lockMisplaced, repair }
+  return { bound, reap, park, unpark, audit, lockMisplaced, repair, newsUsage }
 }
 
 /**
@@ -230,6 +232,14 @@ export const make = (db: Database.Database, s: string) => {
         last: row.last ?? undefined,
         misplaced: Database.idsOf(row.misplaced)
       })),
+
+    /**
+     * How full the server's queue of notifications is, from 0 to 1.
+     */
+    newsUsage: Effect.map(
+      Effect.suspend(() => db.query<{ usage: number }>(texts.newsUsage, [])),
+      ([row]) => row?.usage ?? 0
+    ),
 
     /**
      * Puts those of these jobs back in line that are in no place.

@@ -321,7 +321,13 @@ export const make = Effect.fnUntraced(function*(db: Database.Database, schema: s
   return wakeup
 })
 
-const payloadOf = (queue: string, delay: number): string => `${Math.ceil(delay)} ${queue}`
+/** The longest news of a queue, in bytes; of one with a longer name it is said that there is something to look for. */
+const longestNews = 200
+
+const payloadOf = (queue: string, delay: number): string => {
+  const payload = `${Math.ceil(delay)} ${queue}`
+  return payload.length * 3 <= longestNews || new TextEncoder().encode(payload).length <= longestNews ? payload : "look"
+}
 
 /** Listens until the session fails. A half-open link is noticed by a query of its own within 15 s: TCP never tells. */
 const listenOnce = (options: {

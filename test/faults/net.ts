@@ -8,7 +8,12 @@ export interface Which {
   /** What `application_name` begins with. */
   readonly process?: string
   readonly sent?: string
+  /** Only those that have been silent both ways for so many milliseconds when it begins, and none that comes later. */
+  readonly silent?: number
 }
+
+/** What a session is called that asks the server to cancel a statement of another one. */
+export const cancelRequest = "(cancel)"
 
 /** A point in the life of one request. */
 export interface Cut {
@@ -61,10 +66,18 @@ export interface Net {
   readonly lead: (target: string) => Effect.Effect<void>
 }
 
+/** By its name or, when it only comes to cancel, by that. */
+const nameOf = (chunk: Buffer, text: string): string =>
+  chunk.length >= 8 && chunk.readInt32BE(4) === 80_877_102
+    ? cancelRequest
+    : /application_name\0([^\0]*)\0/.exec(text)?.[1] ?? ""
+
 type Way = "requests" | "answers"
 
 interface Rule {
   readonly which: Which
+  /** Of these alone. */
+  readonly among?: ReadonlySet<Session> | undefined
   readonly delay?: () => number
   readonly bytes?: number
   readonly hole?: ReadonlyArray<Way>
@@ -75,6 +88,8 @@ interface Session {
   readonly flows: Record<Way, Flow>
   name: string
   sent: string
+  /** When something last went through it. */
+  heard: number
 }
 
 interface Flow {
@@ -86,8 +101,14 @@ interface Flow {
 const matches = (which: Which, session: Session): boolean =>
   session.name.startsWith(which.process ?? "") && session.sent.includes(which.sent ?? "")
 
-/** Starts a network in front of the server at `target`, in the current scope. */
-export const makeNet = Effect.fnUntraced(function*(target: string): Effect.fn.Return<Net, never, Scope.Scope> {
+const ruling = (rule: Rule, session: Session): boolean =>
+  matches(rule.which, session) && rule.among?.has(session) !== false
+
+/** Starts a network in front of the server at `target`, in the current scope. It listens on an address of this machine. */
+export const makeNet = Effect.fnUntraced(function*(
+  target: string,
+  address = "127.0.0.1"
+): Effect.fn.Return<Net, never, Scope.Scope> {
   const sessions = new Set<Session>()
   const rules = new Set<Rule>()
   const cuts = new Set<{ readonly on: Cut; left: number; readonly hit: (process: string) => void }>()
@@ -101,7 +122,7 @@ export const makeNet = Effect.fnUntraced(function*(target: string): Effect.fn.Re
     const waiting: Array<{ readonly chunk: Buffer; readonly since: number; readonly delay: number }> = []
     let free = 0
     let timer: NodeJS.Timeout | undefined
-    const applying = () => [...rules].filter((rule) => matches(rule.which, session()))
+    const applying = () => [...rules].filter((rule) => ruling(rule, session()))
     const pump = (): void => {
       timer = undefined
       while (waiting.length > 0) {
@@ -144,11 +165,13 @@ export const makeNet = Effect.fnUntraced(function*(target: string): Effect.fn.Re
   const server = createServer({ noDelay: true }, (client) => {
     client.on("error", () => client.destroy())
     if (impostor !== undefined) {
+      // What is not read has no end.
+      client.resume()
       if (impostor === "refuse") client.resetAndDestroy()
       else if (impostor === "garbage") client.write("HTTP/1.1 400 Bad Request\r\n\r\n")
       else if (impostor === "alert") client.write(Buffer.from([0x15, 0x03, 0x01, 0x00, 0x02, 0x02, 0x28]))
       const silent: Flow = { push: () => {}, look: () => {} }
-      const one: Session = { client, name: "", sent: "", flows: { requests: silent, answers: silent } }
+      const one: Session = { client, name: "", sent: "", heard: 0, flows: { requests: silent, answers: silent } }
       sessions.add(one)
       client.on("close", () => sessions.delete(one))
       return
@@ -158,6 +181,7 @@ export const makeNet = Effect.fnUntraced(function*(target: string): Effect.fn.Re
       client,
       name: "",
       sent: "",
+      heard: performance.now(),
       flows: {
         requests: makeFlow(() => session, "requests", (chunk) => upstream.write(chunk)),
         answers: makeFlow(() => session, "answers", (chunk) => client.write(chunk))
@@ -179,14 +203,15 @@ export const makeNet = Effect.fnUntraced(function*(target: string): Effect.fn.Re
       socket.on("close", () => {
         sessions.delete(session)
         // Nobody is told what happens on the other side of a black hole.
-        const holes = [...rules].filter((rule) => rule.hole !== undefined && matches(rule.which, session))
+        const holes = [...rules].filter((rule) => rule.hole !== undefined && ruling(rule, session))
         if (holes.length === 0) other.destroy()
         else orphans.set(session, () => other.destroy())
       })
     }
     client.on("data", (chunk) => {
       const text = chunk.toString("latin1")
-      if (session.name === "") session.name = /application_name\0([^\0]*)\0/.exec(text)?.[1] ?? ""
+      session.heard = performance.now()
+      if (session.name === "") session.name = nameOf(chunk, text)
       // What rules ask for are texts of statements; a session that sends much data is not to be remembered for it.
       if (session.sent.length < 200_000) session.sent += text
       if (dead) return
@@ -214,6 +239,7 @@ export const makeNet = Effect.fnUntraced(function*(target: string): Effect.fn.Re
     })
     upstream.on("data", (chunk) => {
       if (dead) return
+      session.heard = performance.now()
       if (struck === undefined) return session.flows.answers.push(chunk)
       const { act, on } = struck
       if (on.at === "acknowledged") session.flows.answers.push(chunk)
@@ -242,7 +268,7 @@ export const makeNet = Effect.fnUntraced(function*(target: string): Effect.fn.Re
 
   yield* Effect.acquireRelease(
     Effect.callback<void>((resume) => {
-      server.listen(0, "127.0.0.1", () => resume(Effect.void))
+      server.listen(0, address, () => resume(Effect.void))
     }),
     () =>
       Effect.sync(() => {
@@ -252,10 +278,10 @@ export const makeNet = Effect.fnUntraced(function*(target: string): Effect.fn.Re
         server.close()
       })
   )
-  const address = server.address()
+  const bound = server.address()
   const url = new URL(target)
-  url.hostname = "127.0.0.1"
-  url.port = String(typeof address === "object" && address !== null ? address.port : 0)
+  url.hostname = address
+  url.port = String(typeof bound === "object" && bound !== null ? bound.port : 0)
 
   const having = (which: Which = {}) => [...sessions].filter((session) => matches(which, session))
   const resetAll = (which?: Which) => {
@@ -275,7 +301,7 @@ export const makeNet = Effect.fnUntraced(function*(target: string): Effect.fn.Re
             flows.answers.look()
           }
           for (const [session, tell] of orphans) {
-            if ([...rules].some((rule) => rule.hole !== undefined && matches(rule.which, session))) continue
+            if ([...rules].some((rule) => rule.hole !== undefined && ruling(rule, session))) continue
             orphans.delete(session)
             tell()
           }
@@ -301,9 +327,13 @@ export const makeNet = Effect.fnUntraced(function*(target: string): Effect.fn.Re
     slow: ({ delay, jitter = 0, ...which }) =>
       ruled({ which, delay: () => Math.max(0, delay + (Math.random() * 2 - 1) * jitter) }),
     narrow: ({ bytes, ...which }) => ruled({ which, bytes }),
-    blackHole: ({ heal, way = "both", ...which }) =>
-      ruled({ which, hole: way === "both" ? ["requests", "answers"] : [way] }, () => {
-        if (heal === "reset") resetAll(which)
+    blackHole: ({ heal, silent, way = "both", ...which }) =>
+      Effect.suspend(() => {
+        const since = performance.now() - (silent ?? 0)
+        const among = silent === undefined ? undefined : new Set(having(which).filter(({ heard }) => heard < since))
+        return ruled({ which, among, hole: way === "both" ? ["requests", "answers"] : [way] }, () => {
+          if (heal === "reset") resetAll(which)
+        })
       }),
     impostor: posing,
     refuse: posing("refuse"),

@@ -52,7 +52,10 @@ export interface KeptActor {
   readonly ends: () => ReadonlyArray<Ended>
 }
 
-type Settings = Partial<Omit<ActorProgram, "role" | "name" | "ledgerUrl">>
+type Settings = Partial<Omit<ActorProgram, "role" | "name">> & {
+  /** A command that becomes the process: one that leads it into another network, for instance. */
+  readonly through?: ReadonlyArray<string>
+}
 
 const actorOf = (name: string, program: Program): Actor => ({
   ...program,
@@ -116,17 +119,21 @@ export const makeStage = Effect.fnUntraced(function*(options: StageOptions = {})
   const recorded = <A = number>(text: string, params?: ReadonlyArray<unknown>) =>
     Effect.map(ledger.query(text, params), ([row]) => Object.values(row ?? {})[0] as A)
 
-  const programOf = (role: ActorProgram["role"], name: string, settings: Settings): ActorProgram => ({
+  const programOf = (
+    role: ActorProgram["role"],
+    name: string,
+    settings: Omit<Settings, "through">
+  ): ActorProgram => ({
     ...timing,
     url: net.url,
+    ledgerUrl,
     ...settings,
     role,
-    name,
-    ledgerUrl
+    name
   })
   const start = (role: ActorProgram["role"]) =>
-    Effect.fnUntraced(function*(name: string, settings: Settings = {}) {
-      const actor = actorOf(name, yield* startProgram("actor.ts", programOf(role, name, settings)))
+    Effect.fnUntraced(function*(name: string, { through, ...settings }: Settings = {}) {
+      const actor = actorOf(name, yield* startProgram("actor.ts", programOf(role, name, settings), through))
       actors.push(actor)
       return actor
     })
@@ -264,6 +271,10 @@ export const makeStage = Effect.fnUntraced(function*(options: StageOptions = {})
       for (const [name, query] of invariants({ ...allowed, crashed: allowed.crashed ?? crashes.length > 0 })) {
         const found = yield* Effect.tapError(rows(query), () => Effect.logError(`cannot be asked: ${name}`))
         if (found.length > 0) violations[name] = found.slice(0, 5)
+      }
+      if ("I13 no defect" in violations) {
+        const said = actors.flatMap(({ output }) => /an enqueue died[^]{0,2000}/.exec(output()) ?? [])
+        yield* Effect.logError(said.join("\n"))
       }
       assert.deepStrictEqual(violations, {})
       yield* Effect.provideService(allInPlace, Ledger, truth)

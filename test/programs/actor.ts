@@ -12,7 +12,7 @@ import * as Redacted from "effect/Redacted"
 import * as References from "effect/References"
 import * as Schema from "effect/Schema"
 import * as SqlClient from "effect/sql/SqlClient"
-import type { SqlError } from "effect/sql/SqlError"
+import { isSqlError, type SqlError } from "effect/sql/SqlError"
 import { randomUUID } from "node:crypto"
 import { CronScheduler, Job, JobQueue, type JobQueueError, Worker } from "../../src/index.ts"
 import type * as Queue from "../../src/JobQueue.ts"
@@ -141,8 +141,13 @@ const produce = Effect.fnUntraced(function*(key: string, n: number, millis: read
     Effect.map(({ id }) => ({ key, outcome: "acked", job: id as string })),
     Effect.catchCause((cause) => {
       const failure = cause.reasons.find(Cause.isFailReason)?.error
-      // An enqueue that was not answered may have gone in. A defect is none of what may happen.
-      const outcome = failure instanceof RolledBack ? "rejected" : Cause.hasDies(cause) ? "defect" : "unknown"
+      // Where the connection of a transaction of the application's own is lost, it cannot be rolled back, and Effect makes a
+      // defect of that, and of what the transaction failed with.
+      const defects = cause.reasons.filter(Cause.isDieReason).map(({ defect }) => defect)
+      const cut = (n % 20 === 6 || n % 20 === 7) && defects.some(isSqlError)
+      const rejected = failure instanceof RolledBack || (cut && defects.some((one) => one instanceof RolledBack))
+      // An enqueue that was not answered may have gone in. Any other defect is none of what may happen.
+      const outcome = rejected ? "rejected" : defects.length > 0 && !cut ? "defect" : "unknown"
       const note = outcome === "defect" ? Effect.logError("an enqueue died", cause) : Effect.void
       return Effect.as(note, { key, outcome, job: "" })
     })

@@ -33,18 +33,20 @@ const stop = (child: ChildProcess, ended: Deferred.Deferred<Ended>) =>
 const spawnProgram = Effect.fnUntraced(function*(
   file: string,
   options: object,
-  nodeOptions: ReadonlyArray<string>
+  nodeOptions: ReadonlyArray<string>,
+  through: ReadonlyArray<string> = []
 ): Effect.fn.Return<Program & { readonly ready: Effect.Effect<void> }, never, Scope.Scope> {
   const clock = yield* Clock.Clock
   const ended = yield* Deferred.make<Ended>()
   const ready = yield* Deferred.make<void>()
   let output = ""
   let running = true
+  const command = [...through, process.execPath, ...nodeOptions, join(import.meta.dirname, "..", "programs", file)]
   const child = yield* Effect.acquireRelease(
     Effect.sync(() =>
       spawn(
-        process.execPath,
-        [...nodeOptions, join(import.meta.dirname, "..", "programs", file), JSON.stringify(options)],
+        command[0]!,
+        [...command.slice(1), JSON.stringify(options)],
         // The channel is what it dies of when this process does.
         { stdio: ["ignore", "pipe", "pipe", "ipc"] }
       )
@@ -77,13 +79,13 @@ const spawnProgram = Effect.fnUntraced(function*(
   }
 })
 
-/** Starts a program and waits until it says that it is ready. */
+/** Starts a program and waits until it says that it is ready; `through` is a command that becomes it. */
 export const startProgram = Effect.fnUntraced(function*(
   file: string,
   options: object,
-  nodeOptions: ReadonlyArray<string> = []
+  through?: ReadonlyArray<string>
 ): Effect.fn.Return<Program, never, Scope.Scope> {
-  const program = yield* spawnProgram(file, options, nodeOptions)
+  const program = yield* spawnProgram(file, options, [], through)
   yield* program.ready
   return program
 })

@@ -1,0 +1,48 @@
+/** What scenarios do in their own process: queues and workers at any URL, and how long jobs have waited. */
+import { PgClient } from "@effect/sql-pg"
+import { Effect, Layer, Redacted } from "effect"
+import { readFileSync } from "node:fs"
+import { JobQueue } from "../../src/index.ts"
+import type * as Queue from "../../src/JobQueue.ts"
+import { now } from "../support/queue.ts"
+import type { Stage } from "./stage.ts"
+
+/** A queue at a URL with a client of its own, in the current scope: a process, so to speak. */
+export const queueAt = (url: string, pool: Omit<PgClient.PgPoolConfig, "url"> = {}, options: Queue.Options = {}) =>
+  Layer.build(Layer.fresh(
+    JobQueue.layer(options).pipe(Layer.provideMerge(PgClient.layer({ url: Redacted.make(url), ...pool })))
+  ))
+
+/** How long after its enqueue each job of a kind has started, in milliseconds. */
+export const waits = Effect.fnUntraced(function*(stage: Stage, kind: string) {
+  const started = yield* stage.ledger.query<{ job: string; at: number }>(
+    "select job::text, (extract(epoch from min(at)) * 1000)::float8 as at from ledger where phase = 'start' group by job"
+  )
+  const enqueued = yield* stage.rows<{ id: string; at: number }>(
+    `select id::text, (extract(epoch from enqueued_at) * 1000)::float8 as at from pgqueue.finished where kind = $1
+     union all select id::text, (extract(epoch from enqueued_at) * 1000)::float8 from pgqueue.job where kind = $1 order by 2`,
+    [kind]
+  )
+  const at = new Map(started.map((one) => [one.job, one.at]))
+  return enqueued.flatMap((one) => at.has(one.id) ? [at.get(one.id)! - one.at] : [])
+})
+
+/** Runs an effect and returns what it took in milliseconds. */
+export const timed = <A, E, R>(effect: Effect.Effect<A, E, R>) =>
+  Effect.gen(function*() {
+    const begun = yield* now
+    yield* effect
+    return (yield* now) - begun
+  })
+
+/** How much of a core a process has used while an effect ran, in percent. */
+export const cpuDuring = Effect.fnUntraced(function*<A, E, R>(pid: number, effect: Effect.Effect<A, E, R>) {
+  /** User and system time, in ticks of 10 ms. */
+  const used = () => {
+    const fields = readFileSync(`/proc/${pid}/stat`, "utf8").replace(/^.*\) /s, "").split(" ")
+    return Number(fields[11]) + Number(fields[12])
+  }
+  const before = used()
+  const took = yield* timed(effect)
+  return (used() - before) * 10 / took * 100
+})
