@@ -59,15 +59,6 @@ const allRun = (actors: ReadonlyArray<Actor>) => {
   for (const { name, output, running } of actors) assert.isTrue(running(), `${name} has ended:\n${output()}`)
 }
 
-/** Jobs are done again at nine tenths of the rate before, so many milliseconds after each fault was over. */
-const recovered = Effect.fnUntraced(function*(stage: Stage, within: number) {
-  yield* Effect.sleep(within + 2500)
-  const took = yield* stage.recoveries()
-  assert.isNotEmpty(took)
-  assert.isBelow(Math.max(...took), within, took.map(Math.round).join(" "))
-  return { recovered: Math.max(...took) }
-})
-
 scenarios("the server", (scenario) => {
   scenario(
     "D1",
@@ -86,7 +77,7 @@ scenarios("the server", (scenario) => {
             }
           })
         )
-        const figures = yield* recovered(stage, 2000)
+        const figures = yield* stage.recovered(2000)
         allRun([...producers, ...schedulers, ...workers])
         return { rounds, ...figures, ...yield* stage.finish() }
       })
@@ -139,10 +130,9 @@ scenarios("the server", (scenario) => {
         for (let round = 0; round < (full ? rounds : 1); round++) {
           yield* stage.during(`restart ${round}`, restart(stage.victim))
           stage.crashed(what)
-          // 3 s after "ready", by which time it has to work again.
-          yield* Effect.sleep(3000)
+          yield* stage.goesOn
         }
-        const figures = yield* recovered(stage, 3000)
+        const figures = yield* stage.recovered(3000)
         allRun([...producers, ...schedulers, ...workers])
         return { rounds: full ? rounds : 1, ...figures, ...yield* stage.finish() }
       }))
@@ -199,7 +189,7 @@ scenarios("the server", (scenario) => {
           yield* pgCtl(stage.victim, "start")
         })
       )
-      const figures = yield* recovered(stage, 5000)
+      const figures = yield* stage.recovered(5000)
       allRun(all)
       assert.isBelow(Math.max(...said), 20, "log lines a minute of a process")
       assert.isBelow(Math.max(...grown), 20, "megabytes of memory of a worker")
@@ -303,7 +293,7 @@ scenarios("the server", (scenario) => {
           yield* Effect.sleep(19_000)
         })
       )
-      const figures = yield* recovered(stage, 2000)
+      const figures = yield* stage.recovered(2000)
       allRun([...producers, ...schedulers, ...workers])
       return { ...figures, ...yield* stage.finish() }
     }))
@@ -320,7 +310,7 @@ scenarios("the server", (scenario) => {
         "read-only",
         Effect.andThen(readOnly("on"), Effect.sleep(10_000)).pipe(Effect.ensuring(Effect.orDie(readOnly("off"))))
       )
-      const figures = yield* recovered(stage, 3000)
+      const figures = yield* stage.recovered(3000)
       allRun([...producers, ...schedulers, ...workers])
       return { ...figures, ...yield* stage.finish() }
     }))
@@ -362,7 +352,7 @@ scenarios("the server, of many kinds", (scenario) => {
       )
       const between = yield* stage.recorded(`${late} and at < (select max(cleared_at) from fault)`)
       assert.strictEqual(between, 0, "runs begun without a lease")
-      const figures = yield* recovered(stage, 5000)
+      const figures = yield* stage.recovered(5000)
       allRun([...producers, ...schedulers, ...workers])
       return { ...figures, ...yield* stage.finish() }
     }))
@@ -458,7 +448,7 @@ scenarios("the server, of many kinds", (scenario) => {
           }
         })
       )
-      const figures = yield* recovered(stage, 5000)
+      const figures = yield* stage.recovered(5000)
       allRun(workers)
       // Slots, what is claimed ahead, and what waits to be settled before nothing more is started.
       assert.isBelow(most / workers.length, 2500 + 500 + 10)
@@ -543,7 +533,7 @@ scenarios("a primary with a standby", (scenario) => {
             })
           )
           stage.crashed("fail-over")
-          const figures = yield* recovered(stage, 10_000)
+          const figures = yield* stage.recovered(10_000)
           allRun([...producers, ...schedulers, ...workers])
           if (kind === "sync") return { ...figures, ...yield* stage.finish() }
           // What was acknowledged and not yet copied is lost with such a standby: of the last moment before, and nothing else.
@@ -618,7 +608,7 @@ scenarios("a server on a small disk", (scenario) => {
         })
       )
       stage.crashed("full")
-      const figures = yield* recovered(stage, 10_000)
+      const figures = yield* stage.recovered(10_000)
       allRun([...producers, ...schedulers, ...workers])
       return { ...figures, ...yield* stage.finish({ within: 120_000 }) }
     }))

@@ -222,21 +222,42 @@ export const makeStage = Effect.fnUntraced(function*(options: StageOptions = {})
    * the first moment from which they did so for `over` milliseconds.
    */
   const recoveries = (over = 2000) =>
-    Effect.map(
-      ledger.query<{ took: number | null }>(
-        `with ends as (select at from ledger where phase = 'end'),
-          before as (select percentile_cont(0.5) within group (order by n) as rate from (
-            select count(e.at) as n from generate_series(
-              (select min(begun_at) from fault) - interval '3 seconds', (select min(begun_at) from fault) - interval '1 second', interval '250 milliseconds') s(at)
-            left join ends e on e.at >= s.at and e.at < s.at + interval '1 second' group by s.at) windows)
-        select (select extract(epoch from min(s.at) - f.cleared_at) * 1000
-          from generate_series(f.cleared_at, f.cleared_at + interval '60 seconds', interval '50 milliseconds') s(at)
-          where (select count(*) from ends where at >= s.at and at < s.at + $1 * interval '1 millisecond') >= 0.9 * rate * $1 / 1000.0)::float8 as took
-        from fault f, before where f.cleared_at is not null order by f.cleared_at`,
-        [over]
-      ),
-      (found) => found.map(({ took }) => took ?? Infinity)
-    )
+    Effect.gen(function*() {
+      const faults = yield* ledger.query<{ begun: number; cleared: number }>(
+        `select (extract(epoch from begun_at) * 1000)::float8 as begun, (extract(epoch from cleared_at) * 1000)::float8 as cleared
+         from fault where cleared_at is not null order by cleared_at`
+      )
+      const ends = (yield* ledger.query<{ at: number }>(
+        `select (extract(epoch from at) * 1000)::float8 as at from ledger
+         where phase = 'end' and at > (select min(begun_at) from fault) - interval '3 seconds' order by at`
+      )).map(({ at }) => at)
+      const between = (from: number, to: number) => ends.filter((at) => at >= from && at < to).length
+      const first = faults[0]?.begun ?? 0
+      const windows = Array.from({ length: 9 }, (_, n) => between(first - 3000 + n * 250, first - 2000 + n * 250))
+      const rate = windows.toSorted((a, b) => a - b)[4]! / 1000
+      return faults.map(({ cleared }) => {
+        const later = ends.filter((at) => at >= cleared && at < cleared + 60_000)
+        const needed = Math.ceil(0.9 * rate * over)
+        // The first of as many ends as there have to be within that time.
+        const from = later.findIndex((at, n) => n + needed - 1 < later.length && later[n + needed - 1]! - at <= over)
+        return needed === 0 ? 0 : from < 0 ? Infinity : later[from]! - cleared
+      })
+    })
+
+  /** Waits until runs end as before the last fault. */
+  const goesOn = until("it goes on", Effect.map(recoveries(), (all) => Number.isFinite(all.at(-1))), {
+    within: 60_000,
+    every: 500
+  })
+
+  /** Waits for that, and fails unless it took less than so many milliseconds after each fault. */
+  const recovered = (within: number) =>
+    Effect.gen(function*() {
+      yield* goesOn
+      const all = yield* recoveries()
+      assert.isBelow(Math.max(...all), within, all.map(Math.round).join(" "))
+      return { recovered: Math.max(...all) }
+    })
 
   const untilAllEnded = (within = 60_000) =>
     until(
@@ -359,7 +380,8 @@ export const makeStage = Effect.fnUntraced(function*(options: StageOptions = {})
     lead: (target: string) => Effect.andThen(net.lead(target), direct.lead(target)),
     /** Says that the server has crashed: what it had not written down is forgotten. */
     crashed: (what: string) => crashes.push(what),
-    recoveries,
+    goesOn,
+    recovered,
     untilAllEnded,
     judge,
     finish
