@@ -325,7 +325,7 @@ scenarios("a move", (scenario) => {
       const url = Redacted.value(redacted)
       const real = dumps(victim.version)
       if (real) {
-        const dump = execFileSync("pg_dump", ["--dbname", stage.url], { maxBuffer: 2 ** 30 })
+        const dump = execFileSync("pg_dump", ["--dbname", stage.straight], { maxBuffer: 2 ** 30 })
         execFileSync("psql", ["--quiet", "--set", "ON_ERROR_STOP=1", "--dbname", url], { input: dump })
       } else {
         // A template is copied only while nobody is connected to it.

@@ -146,7 +146,8 @@ const always: Record<string, string> = {
         (select count(*) from evidence.intent i where outcome in ('unknown', 'pending')
           and exists (select 1 from pgqueue.finished f where f.payload->>'key' = i.key::text and f.kind in ('work', 'pay')
             and not exists (select 1 from evidence.intent a where a.outcome = 'acked' and a.job = f.id))) as unknown,
-        (select count(*) from pgqueue.finished where kind in ('work', 'pay')) as finished
+        (select count(*) from pgqueue.finished f where kind in ('work', 'pay')
+          and exists (select 1 from evidence.intent i where i.key::text = f.payload->>'key')) as finished
     ) counts where acknowledged + unknown <> finished`,
   "I13 no defect": "select key from evidence.intent where outcome = 'defect'"
 }

@@ -32,7 +32,7 @@ const lostHeartbeats = (actors: ReadonlyArray<{ readonly output: () => string }>
   actors.flatMap(({ output }) => output().match(/declared dead; its|no heartbeat of/g) ?? []).length
 
 scenarios("the network", (scenario) => {
-  scenario("E1", "every session is reset at random", { short: true }, (stage) =>
+  scenario("E1", "every session is reset at random", {}, (stage) =>
     Effect.gen(function*() {
       const cast = yield* stage.fleet()
       const rounds = full ? 25 : 3

@@ -188,7 +188,7 @@ scenarios("NOTIFY", (scenario) => {
         const heard = yield* hearing(stage, channel)
         const queues = 8
         const pool = { maxConnections: 64 / queues, applicationName: "load" }
-        const notifying = yield* Effect.forEach(Array.from({ length: queues }), () => queueAt(stage.url, pool))
+        const notifying = yield* Effect.forEach(Array.from({ length: queues }), () => queueAt(stage.straight, pool))
         const silent = yield* Effect.forEach(
           Array.from({ length: queues }),
           () => Effect.provideContext(Layer.build(pollingQueueLayer(pool)), stage.services)

@@ -24,7 +24,7 @@ import { serverProcesses } from "../support/processes.ts"
 import { until } from "../support/queue.ts"
 import type { Cut } from "./net.ts"
 import { full, scenarios } from "./scenario.ts"
-import { type Actor, type Stage, Victim } from "./stage.ts"
+import { type Actor, Victim } from "./stage.ts"
 
 /** The sessions of processes under test. */
 const theirs =

@@ -54,7 +54,7 @@ scenarios("shutdown", (scenario) => {
   scenario(
     "C2",
     "a worker of a fleet under load is told to stop",
-    { short: true, minutes: 5 },
+    { minutes: 5 },
     (stage) =>
       Effect.gen(function*() {
         const cast = yield* stage.fleet({ settings: { millis: [50, 50] } })

@@ -358,7 +358,10 @@ export const makeStage = Effect.fnUntraced(function*(options: StageOptions = {})
 
   return {
     victim,
+    /** The database for who only looks, over a way of its own in this process. */
     url,
+    /** The database for what this process waits for without letting anything else go on. */
+    straight: Redacted.value(redacted),
     net,
     ledger,
     ledgerUrl,

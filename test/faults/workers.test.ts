@@ -187,7 +187,7 @@ scenarios("workers", (scenario) => {
   scenario(
     "B2",
     "a worker or a scheduler is killed at each point of its work",
-    { short: true, minutes: 12 },
+    { minutes: 12 },
     (stage) =>
       Effect.gen(function*() {
         const cast = yield* stage.fleet({ producers: 1, rate: 60, warm: 0, settings: { gracePeriod: 300 } })
@@ -322,7 +322,7 @@ scenarios("workers", (scenario) => {
       })
   )
 
-  scenario("B4", "a worker is frozen for half a lease", { short: true }, (stage) =>
+  scenario("B4", "a worker is frozen for half a lease", {}, (stage) =>
     Effect.gen(function*() {
       const { workers: [frozen] } = yield* stage.fleet({ workers: 2, producers: 1, rate: 100, schedulers: 0 })
       for (let round = 0; round < (full ? 8 : 2); round++) {
