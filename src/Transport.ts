@@ -9,13 +9,13 @@ import * as Redacted from "effect/Redacted"
 import * as Net from "node:net"
 
 /** What a connection URL says of the way, as the driver reads it. */
-interface Way {
+interface Address {
   readonly host: string | undefined
   readonly sslmode: string | undefined
 }
 
 /** `undefined` for what is no URL: the driver refuses it before it connects. */
-const wayOf = (text: string): Way | undefined => {
+const addressOf = (text: string): Address | undefined => {
   if (!URL.canParse(text)) return undefined
   const url = new URL(text)
   // As in the driver: the last parameter of a name wins, and `host` over the authority, where IPv6 is in brackets.
@@ -53,17 +53,17 @@ const verifying = new Set(["require", "verify-ca", "verify-full"])
  */
 export const problemOf = (config: PgClient.PgClientConfig): string | undefined => {
   if (config.stream !== undefined || config.path !== undefined) return undefined
-  const way = config.url === undefined ? undefined : wayOf(Redacted.value(config.url))
-  const host = config.host ?? way?.host ?? "localhost"
+  const address = config.url === undefined ? undefined : addressOf(Redacted.value(config.url))
+  const host = config.host ?? address?.host ?? "localhost"
   if (isLocal(host)) return undefined
   const verified = config.ssl === undefined
-    ? way?.sslmode !== undefined && verifying.has(way.sslmode)
+    ? address?.sslmode !== undefined && verifying.has(address.sslmode)
     : Predicate.isObject(config.ssl)
     ? config.ssl.rejectUnauthorized !== false
     : config.ssl
   if (verified) return undefined
   const now = config.ssl === undefined
-    ? way?.sslmode === undefined ? "without TLS" : `with sslmode=${way.sslmode}`
+    ? address?.sslmode === undefined ? "without TLS" : `with sslmode=${address.sslmode}`
     : config.ssl === false
     ? "with ssl: false"
     : "without verifying its certificate"

@@ -7,8 +7,9 @@ import { Job, JobQueue, JobQueueError, Worker } from "../../src/index.ts"
 import { Count } from "../programs/jobs.ts"
 import { makeDatabase } from "../support/database.ts"
 import { running, until } from "../support/queue.ts"
+import { full, limit } from "./form.ts"
 import { queueAt } from "./inside.ts"
-import { full, scenarios } from "./scenario.ts"
+import { scenarios } from "./scenario.ts"
 import { type Stage, Victim } from "./stage.ts"
 
 const nested = (levels: number): unknown => {
@@ -370,7 +371,7 @@ scenarios("data", (scenario) => {
             )
             const gone = before.filter(({ pid }) => !after.some((one) => one.pid === pid)).length
             assert.isAtMost(gone, 1)
-            assert.isBelow(neighbours, 5000)
+            assert.isBelow(neighbours, limit(5000))
           }),
           stage.services
         )

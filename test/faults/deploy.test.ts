@@ -11,9 +11,10 @@ import { Count, Flaky, Step } from "../programs/jobs.ts"
 import { makeDatabase } from "../support/database.ts"
 import { startProgram } from "../support/processes.ts"
 import { now, quantile, until } from "../support/queue.ts"
+import { full, limit } from "./form.ts"
 import { queueAt, timed } from "./inside.ts"
 import { makeNet } from "./net.ts"
-import { full, scenarios } from "./scenario.ts"
+import { scenarios } from "./scenario.ts"
 import { type Stage, Victim } from "./stage.ts"
 
 /** How the catalog looks from outside, and in how many transactions it was made. */
@@ -91,7 +92,7 @@ scenarios("a deploy", (scenario) => {
         assert.deepStrictEqual(booted.filter(({ error }) => error !== null), [])
         const took = booted.map((one) => one.took)
         const longest = took.reduce((a, b) => Math.max(a, b))
-        assert.isBelow(longest, 10_000)
+        assert.isBelow(longest, limit(10_000))
         return { rounds: `${rounds} of 16`, p50: quantile(took, 0.5), longest }
       })
   )

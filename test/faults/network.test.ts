@@ -8,9 +8,10 @@ import { readFileSync } from "node:fs"
 import { Admin, type Job } from "../../src/index.ts"
 import { Count, Step } from "../programs/jobs.ts"
 import { now, quantile, until } from "../support/queue.ts"
+import { full } from "./form.ts"
 import { cpuDuring, queueAt, timed, waits } from "./inside.ts"
 import { cancelRequest, makeNet } from "./net.ts"
-import { full, scenarios } from "./scenario.ts"
+import { scenarios } from "./scenario.ts"
 import { rescuedWithin, type Stage, timing, Victim } from "./stage.ts"
 
 /** The default of a worker that can LISTEN, in milliseconds. */

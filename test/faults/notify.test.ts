@@ -8,8 +8,9 @@ import { Job, type JobQueue, Worker } from "../../src/index.ts"
 import { Count, Step } from "../programs/jobs.ts"
 import { makeProxy } from "../support/proxy.ts"
 import { now, pollingQueueLayer, quantile, running, until } from "../support/queue.ts"
+import { full, limit } from "./form.ts"
 import { queueAt, timed } from "./inside.ts"
-import { full, scenarios } from "./scenario.ts"
+import { scenarios } from "./scenario.ts"
 import { type Stage, Victim } from "./stage.ts"
 
 /** So rarely that what waits for a look or a heartbeat is seen to wait. */
@@ -76,7 +77,7 @@ scenarios("NOTIFY", (scenario) => {
         yield* stage.finish()
         // 250 ms in the table; on a loaded machine a process may not be given its turn for so long. It must not be the poll.
         const longest = measured.reduce((a, b) => Math.max(a, b))
-        assert.isBelow(longest, 500)
+        assert.isBelow(longest, limit(500))
         const late = measured.filter((wait) => wait > 250).length
         return {
           rounds: `${rounds}`,
@@ -127,7 +128,7 @@ scenarios("NOTIFY", (scenario) => {
         }
         const counts = yield* stage.finish()
         const longest = measured.reduce((a, b) => Math.max(a, b))
-        assert.isBelow(longest, 500)
+        assert.isBelow(longest, limit(500))
         return { ...counts, rounds: `${measured.length}`, longest }
       })
   )
@@ -268,7 +269,7 @@ scenarios("NOTIFY", (scenario) => {
         }
         const p99 = quantile(measured, 0.99)
         // 100 ms in the table, and as much again for a busy machine.
-        assert.isBelow(p99, interval + 200)
+        assert.isBelow(p99, limit(interval + 200))
         said.push(`p50 ${quantile(measured, 0.5)}`, `p99 ${p99}`)
       })).pipe(Effect.provide(Logger.layer([logger])))
       yield* stage.finish()
@@ -297,7 +298,7 @@ scenarios("NOTIFY", (scenario) => {
         yield* Effect.sleep(500)
         asked = proxy.requests() - before
         announced = heard.length - already
-        assert.isBelow(yield* ping(Ping.enqueue(), stage.services), 500)
+        assert.isBelow(yield* ping(Ping.enqueue(), stage.services), limit(500))
       }))
       yield* stage.finish()
       assert.strictEqual(announced, 0)
@@ -356,7 +357,7 @@ scenarios("NOTIFY", (scenario) => {
       const largest = heard.reduce((most, payload) => Math.max(most, Buffer.byteLength(payload)), 0)
       assert.isAtMost(largest, 200)
       const longest = measured.reduce((a, b) => Math.max(a, b))
-      assert.isBelow(longest, 500)
+      assert.isBelow(longest, limit(500))
       return {
         names: `${count}`,
         "largest payload": `${largest} B`,
@@ -437,7 +438,7 @@ scenarios("a server that takes no more notifications", (scenario) => {
       const counts = yield* stage.finish()
       assert.strictEqual(before, 0)
       for (const [way, wait] of Object.entries(longest)) {
-        assert.isBelow(wait, 6000, way)
+        assert.isBelow(wait, limit(6000), way)
       }
       return { ...counts, "warned after": warned, ...longest, after }
     }))

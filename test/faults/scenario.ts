@@ -1,10 +1,8 @@
 /** How a scenario is written: an id, what it does, and what it measured. */
 import { layer } from "@effect/vitest"
 import { Effect, type Layer, type Scope } from "effect"
+import { full } from "./form.ts"
 import { makeStage, type Stage, type StageOptions, Victim } from "./stage.ts"
-
-/** The whole of it, with `npm run faults`; otherwise the short form, as a part of `npm test`. */
-export const full = process.env["FAULTS"] === "full"
 
 /** What a scenario has measured, as it is to be read; numbers are milliseconds. */
 export type Figures = Readonly<Record<string, string | number>>

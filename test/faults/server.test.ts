@@ -22,8 +22,9 @@ import { ownServer } from "../support/database.ts"
 import type { EmbeddedPostgres } from "../support/embedded.ts"
 import { serverProcesses } from "../support/processes.ts"
 import { until } from "../support/queue.ts"
+import { full } from "./form.ts"
 import type { Cut } from "./net.ts"
-import { full, scenarios } from "./scenario.ts"
+import { scenarios } from "./scenario.ts"
 import { type Actor, Victim } from "./stage.ts"
 
 /** The sessions of processes under test. */

@@ -5,7 +5,8 @@ import { Admin } from "../../src/index.ts"
 import { Pay } from "../programs/actor.ts"
 import { Count, Step } from "../programs/jobs.ts"
 import { now, until } from "../support/queue.ts"
-import { full, scenarios } from "./scenario.ts"
+import { full, limit } from "./form.ts"
+import { scenarios } from "./scenario.ts"
 import { type Actor, rescuedWithin, type Stage, timing } from "./stage.ts"
 
 const claiming = "array_agg(id) from picked"
@@ -47,7 +48,7 @@ scenarios("shutdown", (scenario) => {
         took.push(end.took)
       }
       const counts = yield* stage.finish({ faultFree: true })
-      for (const millis of took) assert.isBelow(millis, 1000)
+      for (const millis of took) assert.isBelow(millis, limit(1000))
       return { ...counts, exit: Math.max(...took) }
     }))
 
@@ -99,8 +100,8 @@ scenarios("shutdown", (scenario) => {
         yield* cancel(stage, ids)
         const counts = yield* stage.finish()
         assert.isAtLeast(took, timing.gracePeriod)
-        assert.isBelow(took, timing.gracePeriod + 5000)
-        assert.isBelow(again!.took, 2000)
+        assert.isBelow(took, limit(timing.gracePeriod + 5000))
+        assert.isBelow(again!.took, limit(2000))
         return { ...counts, exit: took, elsewhere: again!.took }
       })
   )
@@ -240,7 +241,7 @@ scenarios("shutdown", (scenario) => {
         }
         yield* stage.worker("worker 2")
         const counts = yield* stage.finish()
-        for (const took of Object.values(exits)) assert.isBelow(took, timing.gracePeriod + 5000)
+        for (const took of Object.values(exits)) assert.isBelow(took, limit(timing.gracePeriod + 5000))
         assert.strictEqual(counts.again, 0)
         assert.deepStrictEqual(yield* stage.rows("select distinct attempt, rescued from pgqueue.finished"), [{
           attempt: 1,
@@ -371,10 +372,10 @@ scenarios("shutdown", (scenario) => {
 
         yield* cancel(stage, [...ids, stubborn.id])
         const counts = yield* stage.finish()
-        assert.isBelow(twice.took, 2000)
+        assert.isBelow(twice.took, limit(2000))
         // At once, on a machine that is busy with others.
-        assert.isBelow(interrupted, 1000)
-        assert.isBelow(thrice.took, 500)
+        assert.isBelow(interrupted, limit(1000))
+        assert.isBelow(thrice.took, limit(500))
         return { ...counts, twice: twice.took, interrupted, thrice: thrice.took }
       })
   )

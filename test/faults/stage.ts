@@ -17,6 +17,7 @@ import type { EmbeddedPostgres, StartOptions } from "../support/embedded.ts"
 import { createLedger, Ledger } from "../support/ledger.ts"
 import { type Ended, keepProgram, type Program, startProgram } from "../support/processes.ts"
 import { allInPlace, now, until } from "../support/queue.ts"
+import { limit } from "./form.ts"
 import { type Allowed, evidence, invariants, ledgerTables, runs, watch } from "./invariants.ts"
 import { makeNet } from "./net.ts"
 
@@ -255,7 +256,7 @@ export const makeStage = Effect.fnUntraced(function*(options: StageOptions = {})
     Effect.gen(function*() {
       yield* goesOn
       const all = yield* recoveries()
-      assert.isBelow(Math.max(...all), within, all.map(Math.round).join(" "))
+      assert.isBelow(Math.max(...all), limit(within), all.map(Math.round).join(" "))
       return { recovered: Math.max(...all) }
     })
 

@@ -7,7 +7,8 @@ import { JobQueue, Worker } from "../../src/index.ts"
 import { Work } from "../programs/actor.ts"
 import { makeDatabase } from "../support/database.ts"
 import { until } from "../support/queue.ts"
-import { full, scenarios } from "./scenario.ts"
+import { full } from "./form.ts"
+import { scenarios } from "./scenario.ts"
 import { type Stage, Victim } from "./stage.ts"
 
 /** Somebody's transaction, held for a while on a connection of its own. */

@@ -19,8 +19,9 @@ import {
   stateOf,
   Storage
 } from "../support/storage.ts"
+import { full, limit } from "./form.ts"
 import type { Cut } from "./net.ts"
-import { full, scenarios } from "./scenario.ts"
+import { scenarios } from "./scenario.ts"
 import { type Actor, rescuedWithin, type Stage, timing } from "./stage.ts"
 
 /** By what requests are known. */
@@ -315,7 +316,7 @@ scenarios("workers", (scenario) => {
           ]),
           0
         )
-        assert.isBelow(interrupted, timing.heartbeat)
+        assert.isBelow(interrupted, limit(timing.heartbeat))
         assert.deepStrictEqual(yield* startsOf(stage, ids), ids.map(() => 2))
         const counts = yield* stage.finish()
         return { ...counts, taken, interrupted }
