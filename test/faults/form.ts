@@ -1,5 +1,5 @@
-/** The whole of it, with `npm run faults`; otherwise the short form, as a part of `npm test`. */
-export const full = process.env["FAULTS"] === "full"
+/** The whole of it, with `npm run faults` and its soak; otherwise the short form, as a part of `npm test`. */
+export const full = process.env["FAULTS"] !== undefined
 
 /**
  * How long something may take, in milliseconds. The figures are those of the full form, whose results are looked at; the short

@@ -34,19 +34,23 @@ export const scenarios = (
   title: string,
   define: (scenario: Scenario) => void,
   victim: Layer.Layer<Victim> = Victim.layer()
-): void =>
-  layer(victim, { excludeTestServices: true, timeout: 60_000 })(
-    title,
-    (it) =>
-      define((id, what, options, body) => {
-        if (!full && options.short !== true) return
-        it.effect(
-          `${id} ${what}`,
-          (context) =>
-            Effect.map(Effect.scoped(Effect.flatMap(makeStage(options), body)), (figures) => {
-              context.task.meta.figures = figures
-            }),
-          (options.minutes ?? 3) * 60_000
-        )
-      })
-  )
+): void => {
+  const played: Array<Parameters<Scenario>> = []
+  define((...scenario) => {
+    if (full || scenario[2].short === true) played.push(scenario)
+  })
+  // No server for nobody.
+  if (played.length === 0) return
+  layer(victim, { excludeTestServices: true, timeout: 60_000 })(title, (it) => {
+    for (const [id, what, options, body] of played) {
+      it.effect(
+        `${id} ${what}`,
+        (context) =>
+          Effect.map(Effect.scoped(Effect.flatMap(makeStage(options), body)), (figures) => {
+            context.task.meta.figures = figures
+          }),
+        (options.minutes ?? 3) * 60_000
+      )
+    }
+  })
+}
