@@ -1,6 +1,7 @@
 /** The network between processes and PostgreSQL, as a TCP proxy that can be slow, narrow, deaf, dead or rude. */
 import { Effect, type Scope } from "effect"
 import { connect, createServer, type Socket } from "node:net"
+import { listenBetween } from "../support/between.ts"
 import { readRequests, type Request } from "../support/wire.ts"
 
 /** Which sessions: those of a process, those that have sent a text (a prepared statement is sent once), or all. */
@@ -269,22 +270,11 @@ export const makeNet = Effect.fnUntraced(function*(
     return undefined
   }
 
-  yield* Effect.acquireRelease(
-    Effect.callback<void>((resume) => {
-      server.listen(0, address, () => resume(Effect.void))
-    }),
-    () =>
-      Effect.sync(() => {
-        rules.clear()
-        for (const { client } of sessions) client.destroy()
-        for (const tell of orphans.values()) tell()
-        server.close()
-      })
-  )
-  const bound = server.address()
-  const url = new URL(target)
-  url.hostname = address
-  url.port = String(typeof bound === "object" && bound !== null ? bound.port : 0)
+  const url = yield* listenBetween(server, target, () => {
+    rules.clear()
+    for (const { client } of sessions) client.destroy()
+    for (const tell of orphans.values()) tell()
+  }, address)
 
   const having = (which: Which = {}) => [...sessions].filter((session) => matches(which, session))
   const resetAll = (which?: Which) => {
@@ -324,7 +314,7 @@ export const makeNet = Effect.fnUntraced(function*(
     ))
 
   return {
-    url: url.href,
+    url,
     sessions: (which) => having(which).length,
     reset: (which) => Effect.sync(() => resetAll(which)),
     slow: ({ delay, jitter = 0, ...which }) =>

@@ -115,6 +115,16 @@ const untilFinished = (stage: Stage, ids: ReadonlyArray<string>, within = 60_000
     { within, every: 50 }
   )
 
+/** Waits until a worker has started again under a new id. */
+const untilRegisteredAgain = (stage: Stage, actor: Actor, old: string) =>
+  until(
+    "it has started again under a new id",
+    Effect.map(
+      stage.value("select count(*)::int from pgqueue.worker where name = $1 and id <> $2::uuid", [bootOf(actor), old]),
+      (count) => count === 1
+    )
+  )
+
 const workerId = (stage: Stage, actor: Actor) =>
   stage.value<string>("select id::text from pgqueue.worker where name = $1", [bootOf(actor)])
 
@@ -275,16 +285,7 @@ scenarios("workers", (scenario) => {
           yield* Effect.sleep(3 * timing.lease - (performance.now() - begun))
           return { taken, after: yield* everything, thawed: yield* clock(stage) }
         }))
-        yield* until(
-          "it has started again under a new id",
-          Effect.map(
-            stage.value("select count(*)::int from pgqueue.worker where name = $1 and id <> $2::uuid", [
-              bootOf(holder),
-              old
-            ]),
-            (count) => count === 1
-          )
-        )
+        yield* untilRegisteredAgain(stage, holder, old)
         yield* until(
           "its handlers have stopped",
           Effect.map(
@@ -397,16 +398,7 @@ scenarios("workers", (scenario) => {
       }))
       const old = yield* workerId(stage, holder)
       const taken = yield* untilFinished(stage, [...steps, id], rescuedWithin)
-      yield* until(
-        "it has started again under a new id",
-        Effect.map(
-          stage.value("select count(*)::int from pgqueue.worker where name = $1 and id <> $2::uuid", [
-            bootOf(holder),
-            old
-          ]),
-          (count) => count === 1
-        )
-      )
+      yield* untilRegisteredAgain(stage, holder, old)
       yield* until("it warns", Effect.sync(() => holder.output().includes("the event loop stood still for")))
       const counts = yield* stage.finish()
       assert.deepStrictEqual(

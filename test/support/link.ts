@@ -1,6 +1,7 @@
 /** A link to PostgreSQL that goes dead, holds back what the server answers, or breaks, session by session or request by request. */
 import { Effect } from "effect"
 import { connect, createServer, type Socket } from "node:net"
+import { listenBetween } from "./between.ts"
 import { endsAnswer, readRequests } from "./wire.ts"
 
 /** The way of a request and its answer, and how far they come. */
@@ -138,26 +139,15 @@ export const makeLink = Effect.fnUntraced(function*(target: string) {
       else client.write(chunk)
     })
   })
-  yield* Effect.acquireRelease(
-    Effect.callback<void>((resume) => {
-      server.listen(0, "127.0.0.1", () => resume(Effect.void))
-    }),
-    () =>
-      Effect.sync(() => {
-        for (const { client, upstream } of sessions) {
-          client.destroy()
-          upstream.destroy()
-        }
-        server.close()
-      })
-  )
-  const address = server.address()
-  const url = new URL(target)
-  url.hostname = "127.0.0.1"
-  url.port = String(typeof address === "object" && address !== null ? address.port : 0)
+  const url = yield* listenBetween(server, target, () => {
+    for (const { client, upstream } of sessions) {
+      client.destroy()
+      upstream.destroy()
+    }
+  })
   const having = (text: string) => [...sessions].filter(({ sent }) => sent.includes(text))
   const link: Link = {
-    url: url.href,
+    url,
     loseRequestWith: (...texts) => texts.forEach((text) => toLose.add(text)),
     dead: () => dead,
     holdAnswersTo: (text) => {

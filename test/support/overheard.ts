@@ -1,12 +1,12 @@
 /** A way to PostgreSQL on which everything that is asked is overheard. */
 import { Effect } from "effect"
 import { connect, createServer, type Socket } from "node:net"
+import { listenBetween } from "./between.ts"
 import { readRequests } from "./wire.ts"
 
 /** Opens one in the current scope; `texts` are the statements so far, in their order. */
 export const overhear = Effect.fnUntraced(function*(target: string) {
-  const url = new URL(target)
-  const { hostname, port } = url
+  const { hostname, port } = new URL(target)
   const sockets = new Set<Socket>()
   const texts: Array<string> = []
   const server = createServer((client) => {
@@ -24,18 +24,8 @@ export const overhear = Effect.fnUntraced(function*(target: string) {
       socket.on("close", () => other.destroy())
     }
   })
-  yield* Effect.acquireRelease(
-    Effect.callback<void>((resume) => {
-      server.listen(0, "127.0.0.1", () => resume(Effect.void))
-    }),
-    () =>
-      Effect.sync(() => {
-        for (const socket of sockets) socket.destroy()
-        server.close()
-      })
-  )
-  const address = server.address()
-  url.hostname = "127.0.0.1"
-  url.port = String(typeof address === "object" && address !== null ? address.port : 0)
-  return { url: url.href, texts }
+  const url = yield* listenBetween(server, target, () => {
+    for (const socket of sockets) socket.destroy()
+  })
+  return { url, texts }
 })

@@ -1,6 +1,7 @@
 /** A proxy in front of PostgreSQL that does to sessions what poolers do, one thing at a time. */
 import { Effect } from "effect"
 import { connect, createServer, type Socket } from "node:net"
+import { listenBetween } from "./between.ts"
 
 /** What it does. */
 export interface Pooling {
@@ -98,20 +99,9 @@ export const makePooling = Effect.fnUntraced(function*(target: string, pooling: 
       client.write(Buffer.concat(passed))
     })
   })
-  yield* Effect.acquireRelease(
-    Effect.callback<void>((resume) => {
-      server.listen(0, "127.0.0.1", () => resume(Effect.void))
-    }),
-    () =>
-      Effect.sync(() => {
-        for (const socket of sockets) socket.destroy()
-        server.close()
-      })
-  )
-  const address = server.address()
-  const url = new URL(target)
-  url.hostname = "127.0.0.1"
-  url.port = String(typeof address === "object" && address !== null ? address.port : 0)
-  const proxy: PoolingProxy = { url: url.href, sent: () => sessions.map(({ text }) => text) }
+  const url = yield* listenBetween(server, target, () => {
+    for (const socket of sockets) socket.destroy()
+  })
+  const proxy: PoolingProxy = { url, sent: () => sessions.map(({ text }) => text) }
   return proxy
 })

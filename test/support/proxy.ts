@@ -1,6 +1,7 @@
 /** A TCP proxy in front of PostgreSQL that can lose what the server answers. */
 import { Effect } from "effect"
 import { connect, createServer, type Socket } from "node:net"
+import { listenBetween } from "./between.ts"
 import { endsAnswer } from "./wire.ts"
 
 /** A running proxy. */
@@ -60,22 +61,11 @@ export const makeProxy = Effect.fnUntraced(function*(target: string) {
       }
     })
   })
-  yield* Effect.acquireRelease(
-    Effect.callback<void>((resume) => {
-      server.listen(0, "127.0.0.1", () => resume(Effect.void))
-    }),
-    () =>
-      Effect.sync(() => {
-        for (const socket of sockets) socket.destroy()
-        server.close()
-      })
-  )
-  const address = server.address()
-  const url = new URL(target)
-  url.hostname = "127.0.0.1"
-  url.port = String(typeof address === "object" && address !== null ? address.port : 0)
+  const url = yield* listenBetween(server, target, () => {
+    for (const socket of sockets) socket.destroy()
+  })
   const proxy: Proxy = {
-    url: url.href,
+    url,
     loseAnswerTo: (text) => {
       needle = text
       nth = 1
