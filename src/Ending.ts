@@ -11,14 +11,11 @@ import * as Predicate from "effect/Predicate"
 import * as Bounded from "./Bounded.ts"
 import * as Handling from "./Handling.ts"
 import * as JsonText from "./JsonText.ts"
-import { maxPayloadBytes } from "./Migrations.ts"
+import { maxErrorBytes, maxPayloadBytes } from "./Migrations.ts"
 import * as Outcome from "./Outcome.ts"
 import * as RetryPolicy from "./RetryPolicy.ts"
 import type * as Run from "./Run.ts"
 import type * as Settlement from "./Settlement.ts"
-
-/** The most that is kept of an encoded typed error, in bytes. */
-const maxErrorBytes = 65_536
 
 /** The payload does not fit: carried in the failure channel of a run, apart from every typed error. */
 export class Undecodable {

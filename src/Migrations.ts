@@ -12,6 +12,7 @@ import * as Migrator from "effect/sql/Migrator"
 import * as SqlClient from "effect/sql/SqlClient"
 import { isSqlError, type SqlError } from "effect/sql/SqlError"
 import * as Database from "./Database.ts"
+import { maxTextBytes } from "./Outcome.ts"
 
 /**
  * The database is not one this queue can run on, or an option does not fit it.
@@ -47,6 +48,9 @@ export const maxPayloadBytes = 1_048_576
 
 /** The largest progress of a job, in bytes of JSON text. */
 export const maxProgressBytes = 65_536
+
+/** The largest encoded error of a run, in bytes of JSON text. */
+export const maxErrorBytes = 65_536
 
 /** The statements of migration 1. `s` is the validated and quoted schema name. */
 const initial = (s: string, channel: string): ReadonlyArray<string> => [
@@ -328,6 +332,27 @@ const pace = (s: string): ReadonlyArray<string> => [
   `alter table ${s}.lease alter column ids set storage external`
 ]
 
+/** The statements of migration 5: what workers and people write is limited, too. */
+const limits = (s: string): ReadonlyArray<string> => [
+  // Each table has one constraint for all, because each is a cost of its own for a statement of one row; none is valid for
+  // what is there, so that nobody waits for a look at every row. The archive takes what `finished` has taken.
+  `alter table ${s}.job drop constraint job_progress_size, add constraint job_size check (
+    octet_length(progress::text) <= ${maxProgressBytes} and octet_length(cancel_reason) <= ${maxTextBytes} and length(trace) <= 200
+  ) not valid`,
+  // An error is stored with its text, in which each character may be escaped by six.
+  `alter table ${s}.finished add constraint finished_size check (
+    octet_length(result::text) <= ${maxPayloadBytes} and octet_length(error::text) <= ${
+    maxErrorBytes + 8 * maxTextBytes
+  }
+      and octet_length(reason) <= ${maxTextBytes} and octet_length(progress::text) <= ${maxProgressBytes}
+  ) not valid`,
+  `alter table ${s}.attempt add constraint attempt_size check (
+    octet_length(error::text) <= ${maxErrorBytes} and octet_length(message) <= ${maxTextBytes} and length(tag) <= 200
+  ) not valid`,
+  `alter table ${s}.worker add constraint worker_size check (length(name) between 1 and 200) not valid`,
+  `alter table ${s}.queue add constraint queue_size check (length(name) between 1 and 128) not valid`
+]
+
 /** In their order. @internal */
 export const migrations: ReadonlyArray<
   readonly [id: number, name: string, (quotedSchema: string, channel: string) => ReadonlyArray<string>]
@@ -335,7 +360,8 @@ export const migrations: ReadonlyArray<
   [1, "initial", initial],
   [2, "life", life],
   [3, "time", time],
-  [4, "pace", pace]
+  [4, "pace", pace],
+  [5, "limits", limits]
 ]
 
 /** The version of the storage that this library needs. */

@@ -78,16 +78,16 @@ export const fromExit = <A, E>(
   }
 }
 
-/** The most text that is kept of an error, in bytes. */
-const maxText = 8192
+/** The most text that is kept of an error, and the longest reason, in bytes. */
+export const maxTextBytes = 8192
 
 /**
  * Makes text fit to be stored: no NUL, well-formed, at most 8 KiB.
  */
 export const sanitize = (text: string): string => {
-  const clean = text.slice(0, maxText).replaceAll("\0", "\uFFFD").toWellFormed()
+  const clean = text.slice(0, maxTextBytes).replaceAll("\0", "\uFFFD").toWellFormed()
   // As many whole characters as fit.
-  return clean.slice(0, new TextEncoder().encodeInto(clean, new Uint8Array(maxText)).read)
+  return clean.slice(0, new TextEncoder().encodeInto(clean, new Uint8Array(maxTextBytes)).read)
 }
 
 /** The most links of a chain of causes, levels of an object, and interruptions that are described: more do not fit. */
@@ -107,10 +107,10 @@ export const describe = (cause: Cause.Cause<unknown>): string => {
   const errors = cause.reasons.filter((reason) => !Cause.isInterruptReason(reason))
   if (errors.length === 0) return sanitize(pretty(() => cause.reasons.slice(0, maxDepth)) || indescribable)
   const texts: Array<string> = []
-  for (let i = 0, length = 0; i < errors.length && length < maxText; i++) {
+  for (let i = 0, length = 0; i < errors.length && length < maxTextBytes; i++) {
     const reason = errors[i]!
     const text = pretty(() => {
-      const thrown = excerpt(Cause.isFailReason(reason) ? reason.error : reason.defect, new Set(), 4 * maxText)
+      const thrown = excerpt(Cause.isFailReason(reason) ? reason.error : reason.defect, new Set(), 4 * maxTextBytes)
       return [Cause.makeDieReason(thrown).annotate(Cause.reasonAnnotations(reason))]
     })
     length += text.length + 1
@@ -129,22 +129,22 @@ const pretty = (reasons: () => ReadonlyArray<Cause.Reason<unknown>>): string => 
 
 /** What `Cause.pretty` looks at of something thrown, cut to what can be kept; `room` is for it and its causes. */
 const excerpt = (thrown: unknown, seen: Set<unknown>, room: number): unknown => {
-  if (typeof thrown === "string") return thrown.slice(0, maxText)
+  if (typeof thrown === "string") return thrown.slice(0, maxTextBytes)
   if (typeof thrown !== "object" || thrown === null) return thrown
   seen.add(thrown)
   const whole = messageOf(thrown)
   const message = withoutValues(thrown, whole)
   const ownName = read(thrown, "name")
-  const name = typeof ownName === "string" ? ownName.slice(0, maxText) : undefined
+  const name = typeof ownName === "string" ? ownName.slice(0, maxTextBytes) : undefined
   // It begins with name and message, and the first to read it copies them.
-  const ownStack = (name ?? "").length + message.length < maxText ? read(thrown, "stack") : undefined
+  const ownStack = (name ?? "").length + message.length < maxTextBytes ? read(thrown, "stack") : undefined
   const stack = typeof ownStack === "string" && message !== whole ? ownStack.replace(whole, () => message) : ownStack
   const cause = read(thrown, "cause")
   const left = room - message.length - (typeof stack === "string" ? stack.length : 0)
   return {
     message,
     name,
-    stack: typeof stack === "string" ? stack.slice(0, 3 * maxText) : undefined,
+    stack: typeof stack === "string" ? stack.slice(0, 3 * maxTextBytes) : undefined,
     cause: left > 0 && seen.size < maxDepth && !seen.has(cause) ? excerpt(cause, seen, left) : undefined
   }
 }
@@ -162,12 +162,12 @@ const withoutValues = (thrown: object, message: string): string => {
 
 const messageOf = (thrown: object): string => {
   const message = read(thrown, "message")
-  if (typeof message === "string") return message.slice(0, maxText)
+  if (typeof message === "string") return message.slice(0, maxTextBytes)
   try {
     const print = read(thrown, "toString")
     return typeof print === "function" && !printsNothing.has(print) && !ArrayBuffer.isView(thrown)
-      ? String(print.call(thrown)).slice(0, maxText)
-      : Formatter.formatJson(brief(thrown, { left: maxText }, []))
+      ? String(print.call(thrown)).slice(0, maxTextBytes)
+      : Formatter.formatJson(brief(thrown, { left: maxTextBytes }, []))
   } catch {
     return indescribable
   }
@@ -207,7 +207,7 @@ const brief = (value: unknown, room: { left: number }, inside: ReadonlyArray<unk
   const copy: Record<string, unknown> = {}
   for (const key of Object.keys(value)) {
     if (room.left <= 0) break
-    copy[key.slice(0, maxText)] = brief(read(value, key), room, within)
+    copy[key.slice(0, maxTextBytes)] = brief(read(value, key), room, within)
     room.left -= key.length
   }
   return value instanceof Error ? { ...copy, name: value.name, message: brief(value.message, room, within) } : copy

@@ -41,6 +41,42 @@ describe("a limit holds", () => {
       }
     })))
 
+  it.live("for what is written of runs, whoever writes it", () =>
+    withQueue(Effect.gen(function*() {
+      const text = (bytes: number) => `repeat('x', ${bytes})`
+      yield* rows("select pgqueue.enqueue('k')")
+      yield* rows(
+        `insert into pgqueue.finished (id, kind, queue, priority, status, attempt, max_attempts, rescued, snoozed, metadata,
+           enqueued_at, scheduled_for, payload)
+         values (gen_random_uuid(), 'k', 'q', 1, 'completed', 1, 1, 0, 0, '{}', now(), now(), 'null')`
+      )
+      yield* rows("insert into pgqueue.attempt (job, n, tag) values (gen_random_uuid(), 1, 'Failed')")
+      yield* rows(
+        `insert into pgqueue.worker (id, name, queues, kinds, prefixes, lease_ms) values (gen_random_uuid(), 'w', '{}', '{}', '{}', 1)`
+      )
+      yield* rows("insert into pgqueue.queue (name) values ('q')")
+      for (
+        const [table, column, most, over] of [
+          ["job", "progress", json(65_536), json(65_537)],
+          ["job", "cancel_reason", text(8192), text(8193)],
+          ["job", "trace", text(200), text(201)],
+          ["finished", "result", json(1_048_576), json(1_048_577)],
+          ["finished", "error", json(131_072), json(131_073)],
+          ["finished", "reason", text(8192), text(8193)],
+          ["finished", "progress", json(65_536), json(65_537)],
+          ["attempt", "error", json(65_536), json(65_537)],
+          ["attempt", "message", text(8192), text(8193)],
+          ["attempt", "tag", text(200), text(201)],
+          ["worker", "name", text(200), text(201)],
+          ["queue", "name", text(128), text(129)]
+        ] as const
+      ) {
+        const set = (value: string) => rows(`update pgqueue.${table} set ${column} = ${value}`)
+        yield* set(most)
+        assert.strictEqual(Database.sqlState(yield* Effect.flip(set(over))), "23514", `${table}.${column}`)
+      }
+    })))
+
   it.live("for schedules that SQL writes, and for those that are declared", () =>
     withQueue(Effect.gen(function*() {
       class Plain extends Job.make("plain") {}
