@@ -56,6 +56,12 @@ export const settled = (config: PgClient.PgClientConfig): Way => ({
       // A frozen process must not keep locks.
       idle_in_transaction_session_timeout: "60s",
       jit: "off",
+      // The server must notice within half a minute that nobody is there any more, whether it waits for the client or has
+      // something to send: until then the session keeps its locks and its snapshot. Without meaning in a local socket.
+      tcp_keepalives_idle: "10",
+      tcp_keepalives_interval: "5",
+      tcp_keepalives_count: "3",
+      tcp_user_timeout: "30s",
       ...config.startupParameters,
       // What the role or the database sets for the application: a sweep or a settle that is cancelled half-way, and sent
       // again as it was, never ends. The queue bounds its statements itself.
