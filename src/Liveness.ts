@@ -67,8 +67,10 @@ export const make = Effect.fnUntraced(function*(options: {
 }) {
   const clock = yield* Clock.Clock
   const now = () => Bounded.monotonic(clock)
-  // Handlers must have stopped before the lease can end elsewhere.
-  const margin = options.lease / 6
+  // Handlers must have stopped before the lease can end elsewhere: one that has to clean up has as long as a heartbeat.
+  const margin = Math.max(options.lease / 6, Math.min(options.beat, options.lease / 3))
+  // Short enough for another beat, after one that got no answer, before that margin begins.
+  const patience = options.lease / 6
   const kick = Latch.makeUnsafe(false)
   const episode = Episode.make("the heartbeat")
   const contact = Contact.make()
@@ -84,7 +86,9 @@ export const make = Effect.fnUntraced(function*(options: {
   let retired = false
   let lost = true
 
-  const inTime = (at = now()) => at - lastBeat < options.lease - margin
+  /** When handlers are interrupted, unless a beat gets through before. */
+  const deadline = () => lastBeat + options.lease - margin
+  const inTime = (at = now()) => at < deadline()
   const alive = (at?: number) => registered && inTime(at) && lastBeat > doubted
 
   const loseAll = (unheard: boolean) => {
@@ -110,7 +114,7 @@ export const make = Effect.fnUntraced(function*(options: {
       const sent = now()
       // Judged are only leases whose claim was answered before the comparison was sent.
       const confirmed = [...options.leases()].filter(([, lease]) => lease.confirmed).map(([lease]) => lease)
-      const rows = yield* Bounded.bounded(send(options.store.beatText, [id]), options.lease / 3)
+      const rows = yield* Bounded.bounded(send(options.store.beatText, [id]), patience)
       // Sound: the columns of `beatText`.
       const answer = Store.readBeat(rows as Parameters<typeof Store.readBeat>[0])
       if (!answer.alive) {
@@ -172,17 +176,18 @@ export const make = Effect.fnUntraced(function*(options: {
       )
     })
 
+  const step = Math.max(50, Math.min(margin / 4, options.beat / 4))
   // Decided by this process's own monotonic clock, never by waiting for an answer.
   const watch = Effect.gen(function*() {
-    const step = Math.max(50, Math.min(margin / 4, options.beat / 4))
     const begun = now()
-    yield* Effect.sleep(step)
-    const lag = Math.max(0, now() - begun - step)
+    const wait = begun < deadline() ? Math.min(step, deadline() - begun) : step
+    yield* Effect.sleep(wait)
+    const lag = Math.max(0, now() - begun - wait)
     yield* Metric.update(Telemetry.eventLoopLag, lag)
     yield* reportLag(lag)
     if (lag > step) thawedAt = now()
     // A process that stood still had no chance to beat. It gets it now, for as long as nobody can have taken its jobs.
-    const until = lastBeat + options.lease - (now() - thawedAt < margin ? step : margin)
+    const until = now() - thawedAt < margin ? lastBeat + options.lease - step : deadline()
     if (lost || now() < until) return
     yield* Effect.logWarning(
       `effect-pgqueue: no heartbeat of worker ${id} got through in time; its jobs are interrupted`

@@ -686,9 +686,8 @@ scenarios("workers", (scenario) => {
       )
       const counts = yield* stage.finish()
       assert.isBelow(claimedFor, timing.lease)
-      // A sixth of the lease before its end, and not a heartbeat as the scenario would have it: that would be two thirds of
-      // the lease, and one lost heartbeat more than enough to interrupt everything. Plus a step of whoever looks.
-      assert.isBelow(stopped, timing.lease * 11 / 12)
+      // A heartbeat before the end of the lease, by a clock that begins when the last beat was sent; 100 ms to interrupt.
+      assert.isBelow(stopped, timing.lease - timing.heartbeat + 100)
       return { ...counts, claimedFor, stopped }
     }))
 })
