@@ -54,7 +54,7 @@ scenarios("a deploy", (scenario) => {
     (stage) =>
       Effect.gen(function*() {
         const victim = yield* Victim
-        const rounds = full ? 100 : 3
+        const rounds = full ? 20 : 3
         const name = (round: number) => `boot_${process.pid}_${round}`
         const urls = Array.from({ length: rounds }, (_, round) => {
           const url = new URL(victim.url)
@@ -146,8 +146,9 @@ scenarios("a deploy", (scenario) => {
             urls: [through(other)],
             queues: 1
           })
+          // At the statements between.
           yield* Effect.asVoid(net.cut(
-            { text: "", process: "killed", nth, at: at[(nth >> 1) % 2]! },
+            { text: "", process: "killed", nth: nth + 1, at: at[(nth >> 1) % 2]! },
             () => process.kill(booter.pid, "SIGKILL")
           ))
           yield* control`select pg_advisory_unlock(0)`
@@ -160,7 +161,7 @@ scenarios("a deploy", (scenario) => {
               (n) => n === 0
             )
           )
-          if ((yield* completes(Redacted.value(other), `killed at request ${nth}`)) === 0) left++
+          if ((yield* completes(Redacted.value(other), `killed at request ${nth + 1}`)) === 0) left++
         }
         assert.isAtLeast(cuts, full ? 20 : 4)
         yield* stage.finish()

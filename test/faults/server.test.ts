@@ -396,7 +396,7 @@ scenarios("the server, of many kinds", (scenario) => {
   scenario("D19", "sessions end exactly at a COMMIT", { short: true, minutes: 15 }, (stage) =>
     Effect.gen(function*() {
       const { schedulers, workers } = yield* stage.fleet({ workers: 3 })
-      const rounds = full ? 20 : 1
+      const rounds = full ? 4 : 1
       const happened: Record<string, number> = {}
       for (let round = 0; round < rounds; round++) {
         for (const [what, cut] of commits) {

@@ -1,10 +1,18 @@
 import { writeFileSync } from "node:fs"
 import { join } from "node:path"
 import { defineConfig } from "vitest/config"
-import type { Reporter, TestModule } from "vitest/node"
+import type { Reporter, TestCase, TestModule } from "vitest/node"
 
-/** Writes what the scenarios have measured where `FAULTS_RESULTS` says. */
+/** Says how each scenario has ended when it has, and writes what all have measured where `FAULTS_RESULTS` says. */
 const figures: Reporter = {
+  onTestCaseResult: (test: TestCase) => {
+    const { state } = test.result()
+    if (state === "skipped") return
+    const seconds = (test.diagnostic()?.duration ?? 0) / 1000
+    process.stdout.write(
+      `${state}: ${test.name} (${seconds.toFixed(0)} s) ${JSON.stringify(test.meta().figures ?? {})}\n`
+    )
+  },
   onTestRunEnd: (modules: ReadonlyArray<TestModule>) => {
     const results = modules.flatMap((module) =>
       [...module.children.allTests()].map((test) => ({

@@ -207,7 +207,7 @@ scenarios("workers", (scenario) => {
         const took: Record<string, number> = {}
         for (const [name, point] of Object.entries(points)) {
           const begun = performance.now()
-          for (let round = 0; round < (full ? 20 : 1); round++) {
+          for (let round = 0; round < (full ? 4 : 1); round++) {
             const workers = [...actors.values()].filter((actor) => actor.name.startsWith("worker"))
             let victim: Actor | undefined
             if (typeof point === "string") {
