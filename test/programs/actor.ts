@@ -18,6 +18,7 @@ import { CronScheduler, Job, JobQueue, type JobQueueError, Worker } from "../../
 import type * as Queue from "../../src/JobQueue.ts"
 import { Ledger } from "../support/ledger.ts"
 import * as Jobs from "./jobs.ts"
+import { ready } from "./ready.ts"
 
 /** Works for `millis`, and fails the first `fails` times. `key` is what its producer knows it by. */
 export class Work extends Job.make("work", {
@@ -238,10 +239,7 @@ if (process.argv[1]?.endsWith("actor.ts") === true) {
       pollInterval === undefined ? {} : { pollInterval }
     )
   }
-  const Ready = Layer.effectDiscard(Effect.sync(() => {
-    process.send?.("ready")
-    process.channel?.unref()
-  }))
+  const Ready = Layer.effectDiscard(Effect.sync(ready))
   Worker.runMain(
     Layer.launch(Ready.pipe(Layer.provide(roles[options.role]), Layer.provide(QueueLive))).pipe(
       Effect.provideService(References.MinimumLogLevel, process.env["LOG"] === "debug" ? "Debug" : "Info")

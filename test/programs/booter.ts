@@ -10,6 +10,7 @@ import * as Layer from "effect/Layer"
 import * as Redacted from "effect/Redacted"
 import * as References from "effect/References"
 import { JobQueue } from "../../src/index.ts"
+import { ready } from "./ready.ts"
 
 /** What the tests may say of a booter. */
 export interface BooterProgram {
@@ -40,7 +41,7 @@ const boot = (url: string) =>
 
 const main = Effect.gen(function*() {
   const control = yield* PgClient.PgClient
-  process.send?.("ready")
+  ready()
   for (const [round, url] of urls.entries()) {
     yield* control`select pg_advisory_lock_shared(${round}), pg_advisory_unlock_shared(${round})`
     const booted = yield* Effect.all(Array.from({ length: queues }, () => boot(url)), { concurrency: "unbounded" })

@@ -9,6 +9,7 @@ import * as Schedule from "effect/Schedule"
 import * as Schema from "effect/Schema"
 import * as SqlClient from "effect/sql/SqlClient"
 import { Job, JobQueue, Worker } from "../../src/index.ts"
+import { ready } from "./ready.ts"
 
 const definition = {
   payload: { millis: Schema.Number, how: Schema.Number },
@@ -69,9 +70,6 @@ if (process.argv[1]?.endsWith("chaos.ts") === true) {
     Layer.provide([Paid.toLayer(handler, { transactional: true }), Plain.toLayer(handler), Rare.toLayer(handler)]),
     Layer.provide(JobQueue.layer({ migrate: false }).pipe(Layer.provideMerge(PgLive)))
   )
-  const Ready = Layer.effectDiscard(Effect.sync(() => {
-    process.send?.("ready")
-    process.channel?.unref()
-  }))
+  const Ready = Layer.effectDiscard(Effect.sync(ready))
   NodeRuntime.runMain(Layer.launch(Ready.pipe(Layer.provide(WorkerLive))), { teardown: Worker.teardown })
 }

@@ -7,6 +7,7 @@ import * as Redacted from "effect/Redacted"
 import * as Schema from "effect/Schema"
 import * as SqlClient from "effect/sql/SqlClient"
 import { Job, JobQueue, Worker } from "../../src/index.ts"
+import { ready } from "./ready.ts"
 
 /** Pays twice, with a pause in between: both or neither. */
 export class Pay extends Job.make("pay", { payload: { millis: Schema.Number } }) {}
@@ -39,9 +40,6 @@ if (process.argv[1]?.endsWith("payer.ts") === true) {
     lease: 1500,
     rescueInterval: 300
   }).pipe(Layer.provide(PayHandler), Layer.provide(JobQueue.layer().pipe(Layer.provideMerge(PgLive))))
-  const Ready = Layer.effectDiscard(Effect.sync(() => {
-    process.send?.("ready")
-    process.channel?.unref()
-  }))
+  const Ready = Layer.effectDiscard(Effect.sync(ready))
   NodeRuntime.runMain(Layer.launch(Ready.pipe(Layer.provide(WorkerLive))), { teardown: Worker.teardown })
 }

@@ -6,6 +6,7 @@ import * as Layer from "effect/Layer"
 import * as Redacted from "effect/Redacted"
 import * as References from "effect/References"
 import { CronScheduler, Job, JobQueue } from "../../src/index.ts"
+import { ready } from "./ready.ts"
 
 /** What the tests may say of a scheduler process. */
 export interface SchedulerProgram {
@@ -38,8 +39,7 @@ const SchedulerLive = CronScheduler.layer(
   options
 ).pipe(Layer.provide(QueueLive))
 const Ready = Layer.effectDiscard(Effect.sync(() => {
-  process.send?.("ready")
-  process.channel?.unref()
+  ready()
   if (usage === true) {
     setInterval(() => {
       const { system, user } = process.cpuUsage()

@@ -8,6 +8,7 @@ import * as References from "effect/References"
 import { JobQueue, Worker } from "../../src/index.ts"
 import { Ledger } from "../support/ledger.ts"
 import * as Jobs from "./jobs.ts"
+import { ready } from "./ready.ts"
 
 /** What the tests may say of a worker process. */
 export interface WorkerProgram {
@@ -40,10 +41,7 @@ const WorkerLive = Worker.layer({ ...options, name, jobs: Jobs.all }).pipe(
   Layer.provide(Ledger.layer(ledgerUrl, name)),
   Layer.provide(QueueLive)
 )
-const Ready = Layer.effectDiscard(Effect.sync(() => {
-  process.send?.("ready")
-  process.channel?.unref()
-}))
+const Ready = Layer.effectDiscard(Effect.sync(ready))
 
 NodeRuntime.runMain(
   Layer.launch(Ready.pipe(Layer.provide(WorkerLive))).pipe(
