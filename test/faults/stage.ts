@@ -12,7 +12,7 @@ import * as Database from "../../src/Database.ts"
 import { JobQueue } from "../../src/index.ts"
 import type * as Queue from "../../src/JobQueue.ts"
 import type { ActorProgram } from "../programs/actor.ts"
-import { makeDatabase, ownServer, TestDatabase } from "../support/database.ts"
+import { makeDatabase, onServer, ownServer, TestDatabase } from "../support/database.ts"
 import type { EmbeddedPostgres, StartOptions } from "../support/embedded.ts"
 import { createLedger, Ledger } from "../support/ledger.ts"
 import { type Ended, keepProgram, type Program, startProgram } from "../support/processes.ts"
@@ -23,6 +23,9 @@ import { makeNet } from "./net.ts"
 
 /** The reference settings, ten times as fast: what a scenario measures in leases is measured in these. */
 export const timing = { lease: 3000, heartbeat: 1000, rescueInterval: 1500, gracePeriod: 2000 }
+
+/** Jobs a second of a fleet. Two cores are half busy with them and their evidence: more, and a recovery is that of the machine. */
+export const load = 150
 
 /** When the jobs of a dead process have been taken back at the latest: a lease, a sweep with its jitter, and 5 s. */
 export const rescuedWithin = timing.lease + timing.rescueInterval * 1.2 + 5000
@@ -91,6 +94,8 @@ export const makeStage = Effect.fnUntraced(function*(options: StageOptions = {})
   const { url } = direct
   const elsewhere = yield* makeDatabase(inject("databaseUrl"))
   const ledgerUrl = Redacted.value(elsewhere.url)
+  // Nobody harms that server, and its disk is not what is looked at.
+  yield* onServer(inject("databaseUrl"), `alter database "${elsewhere.name}" set synchronous_commit = off`)
   const ledger = Context.get(yield* Layer.build(Layer.fresh(Ledger.layer(ledgerUrl, "stage"))), Ledger)
   const truth = Context.get(yield* Layer.build(Layer.fresh(Ledger.layer(url, "truth"))), Ledger)
   yield* Effect.provideService(createLedger, Ledger, ledger)
@@ -172,7 +177,7 @@ export const makeStage = Effect.fnUntraced(function*(options: StageOptions = {})
 
   /** Starts workers, producers and schedulers, and waits until a load has gone through them. */
   const fleet = Effect.fnUntraced(function*(
-    { producers = 2, rate = 300, schedulers = 2, settings = {}, workers = 4, warm = 2000 }: {
+    { producers = 2, rate = load, schedulers = 2, settings = {}, workers = 4, warm = 2000 }: {
       readonly workers?: number
       readonly producers?: number
       readonly schedulers?: number

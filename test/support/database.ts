@@ -57,7 +57,8 @@ export const ownServer = (options?: StartOptions) =>
     (server: EmbeddedPostgres) => Effect.promise(() => server.stop())
   )
 
-const onServer = (serverUrl: string, statement: string) =>
+/** Runs a statement on a server. */
+export const onServer = (serverUrl: string, statement: string) =>
   SqlClient.SqlClient.use((sql) => sql.unsafe(statement)).pipe(
     Effect.provide(PgClient.layer({ url: Redacted.make(serverUrl), maxConnections: 1 })),
     Effect.asVoid
