@@ -497,6 +497,7 @@ export const start = Effect.fnUntraced(function*(options: {
     while (claiming > 0) yield* Effect.sleep(5)
   })
 
+  const sayEnded = stop.begin()
   const drain = Effect.gen(function*() {
     stopping = true
     // A handler may have told the worker to stop: first let it come to where it waits, and its fork return.
@@ -512,7 +513,6 @@ export const start = Effect.fnUntraced(function*(options: {
     liveness.retire()
     // A handler that does not stop keeps its lease until the others see that this process is gone.
     const kept = runs.size + unsettled()
-    if (runs.size > 0) stop.stuck.openUnsafe()
     if (kept > 0) {
       yield* Effect.logWarning(
         `effect-pgqueue: ${runs.size} handlers did not stop, ${unsettled()} jobs could not be settled; they are rescued after the lease time`
@@ -522,6 +522,7 @@ export const start = Effect.fnUntraced(function*(options: {
       const goodbye = Effect.andThen(store.releaseAll(liveness.id()), store.unregister(liveness.id()))
       yield* Effect.ignoreCause(Bounded.bounded(goodbye, Math.min(1000, left())))
     }
+    sayEnded(runs.size > 0)
   })
 
   const loop: Loop = {

@@ -16,11 +16,30 @@ import * as Runtime from "effect/Runtime"
 export interface Stop {
   /** Open when nothing is to be waited for any more. */
   readonly urgent: Latch.Latch
-  /** Open when a handler did not stop. */
+  /** Open when all workers have ended, one of them with a handler that did not stop. */
   readonly stuck: Latch.Latch
+  /** A worker begins. The returned function is for its end, and for whether a handler did not stop. */
+  readonly begin: () => (stuck: boolean) => void
 }
 
-const make = (): Stop => ({ urgent: Latch.makeUnsafe(false), stuck: Latch.makeUnsafe(false) })
+const make = (): Stop => {
+  const stuck = Latch.makeUnsafe(false)
+  let working = 0
+  let anyStuck = false
+  return {
+    urgent: Latch.makeUnsafe(false),
+    stuck,
+    begin: () => {
+      working++
+      return (isStuck) => {
+        working--
+        anyStuck ||= isStuck
+        // The others have a grace period of their own.
+        if (working === 0 && anyStuck) stuck.openUnsafe()
+      }
+    }
+  }
+}
 
 /** Where nobody says more, nothing is ever urgent. */
 export const Stop = Context.Reference<Stop>("effect-pgqueue/Main/Stop", {
@@ -57,8 +76,9 @@ export const teardown: Runtime.Teardown = (exit, onExit) =>
  * The exit code is 0 when it was told to stop and did, and 1 when it failed or a handler did not stop. With a `teardown` of
  * your own it is what that says.
  *
- * When a handler did not stop, the process ends one second after its worker has: such a handler may hold a connection, its
- * COMMIT on a dead link for one, and a pool waits for that without end.
+ * When a handler did not stop, the process ends one second after its last worker has, whatever the reason: such a handler
+ * may hold a connection, its COMMIT on a dead link for one, and a pool waits for that without end. A `teardown` of your own
+ * is given a defect then.
  *
  * **Example** (A process that can be hurried)
  *
@@ -92,11 +112,12 @@ export const runMain = <A, E>(
 ): void => {
   const stop = make()
   let stuck = false
+  const chooseCode = options?.teardown ?? ((exit, onExit) => teardown(exit, (code) => onExit(stuck ? 1 : code)))
   const watchdog = Effect.gen(function*() {
     yield* stop.stuck.await
     stuck = true
     yield* Effect.sleep(patience)
-    process.exit(1)
+    chooseCode(Exit.die(new Error("effect-pgqueue: a handler did not stop")), (code) => process.exit(code))
   })
   const run = Runtime.makeRunMain(({ fiber, teardown }) => {
     let signals = 0
@@ -106,10 +127,8 @@ export const runMain = <A, E>(
       if (at - last < together) return
       last = at
       signals++
-      if (signals === 1) {
-        Effect.runFork(watchdog)
-        fiber.interruptUnsafe(fiber.id)
-      } else if (signals === 2) stop.urgent.openUnsafe()
+      if (signals === 1) fiber.interruptUnsafe(fiber.id)
+      else if (signals === 2) stop.urgent.openUnsafe()
       else process.exit(130)
     }
     process.on("SIGINT", onSignal)
@@ -122,8 +141,6 @@ export const runMain = <A, E>(
       })
     })
   })
-  run(Effect.provideService(effect, Stop, stop), {
-    ...options,
-    teardown: options?.teardown ?? ((exit, onExit) => teardown(exit, (code) => onExit(stuck ? 1 : code)))
-  })
+  Effect.runFork(watchdog)
+  run(Effect.provideService(effect, Stop, stop), { ...options, teardown: chooseCode })
 }

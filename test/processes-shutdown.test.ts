@@ -3,8 +3,9 @@ import { assert, describe, it } from "@effect/vitest"
 import { Effect, Layer } from "effect"
 import { Worker } from "../src/index.ts"
 import { Step } from "./programs/jobs.ts"
+import { Patient, Stubborn, type StubbornProgram } from "./programs/stubborn.ts"
 import { ownServer } from "./support/database.ts"
-import { type Program, serverProcesses, startWorker } from "./support/processes.ts"
+import { type Program, serverProcesses, startProgram, startWorker } from "./support/processes.ts"
 import {
   allInPlace,
   assertRows,
@@ -148,6 +149,26 @@ describe("SIGTERM", () => {
       yield* untilValue("select count(*)::int from pgqueue.lease", 0, { within: 1000 })
       yield* allInPlace
     })))
+})
+
+describe("a process with two workers, of which one has a handler that does not stop", () => {
+  for (const fails of [false, true]) {
+    it.live(`ends ${fails ? "by itself" : "on a signal"}, and gives the other one its grace period`, () =>
+      withQueue(Effect.gen(function*() {
+        yield* Stubborn.enqueue()
+        yield* Patient.enqueue()
+        const program: StubbornProgram = { url: yield* databaseUrl, fails }
+        const actor = yield* startProgram("stubborn.ts", program)
+        if (!fails) yield* actor.kill("SIGTERM")
+        const { code } = yield* Effect.timeoutOrElse(actor.ended, {
+          duration: "20 seconds",
+          orElse: () => Effect.die(new Error(`it still runs:\n${actor.output()}`))
+        })
+        assert.strictEqual(code, 1)
+        yield* assertRows("select kind, status from pgqueue.finished", [{ kind: "patient", status: "completed" }])
+        yield* assertRows("select rescued from pgqueue.job", [{ rescued: 0 }])
+      })))
+  }
 })
 
 describe("SIGTERM without a database", () => {
