@@ -132,13 +132,13 @@ const excerpt = (thrown: unknown, seen: Set<unknown>, room: number): unknown => 
   if (typeof thrown === "string") return thrown.slice(0, maxTextBytes)
   if (typeof thrown !== "object" || thrown === null) return thrown
   seen.add(thrown)
-  const whole = messageOf(thrown)
-  const message = withoutValues(thrown, whole)
+  const quotes = quotesValues(thrown)
+  const message = quotes ? withoutValues(messageOf(thrown)) : messageOf(thrown)
   const ownName = read(thrown, "name")
   const name = typeof ownName === "string" ? ownName.slice(0, maxTextBytes) : undefined
-  // It begins with name and message, and the first to read it copies them.
-  const ownStack = (name ?? "").length + message.length < maxTextBytes ? read(thrown, "stack") : undefined
-  const stack = typeof ownStack === "string" && message !== whole ? ownStack.replace(whole, () => message) : ownStack
+  // It begins with name and message, and the first to read it copies them; with the value, where the message has one.
+  const readable = !quotes && (name ?? "").length + message.length < maxTextBytes
+  const stack = readable ? read(thrown, "stack") : undefined
   const cause = read(thrown, "cause")
   const left = room - message.length - (typeof stack === "string" ? stack.length : 0)
   return {
@@ -150,15 +150,20 @@ const excerpt = (thrown: unknown, seen: Set<unknown>, room: number): unknown => 
 }
 
 /**
- * The message of an error of PostgreSQL, without the value that it may quote: of what is at fault with data (class 22) the
- * value is a part. Everything else that carries values (`detail`, `hint`, `where`) is not looked at.
+ * Whether this is an error of PostgreSQL whose message may quote a value: of what is at fault with data (class 22) the value
+ * is a part. Everything else that carries values (`detail`, `hint`, `where`) is not looked at.
  */
-const withoutValues = (thrown: object, message: string): string => {
+const quotesValues = (thrown: object): boolean => {
   const code = read(thrown, "code")
   return typeof code === "string" && /^22[0-9A-Z]{3}$/.test(code) && typeof read(thrown, "severity") === "string"
-    ? message.replace(/"[^]*"/, "\"…\"")
-    : message
 }
+
+/** What comes before the first quotation mark of any language, without bytes that are shown as such. */
+const withoutValues = (message: string): string =>
+  message.replace(/["'`\u00ab\u00bb\u2018-\u201f\u2039\u203a\u300c-\u300f\uff02][^]*$/, "…").replace(
+    /\b0x[0-9a-f]+/gi,
+    "…"
+  )
 
 const messageOf = (thrown: object): string => {
   const message = read(thrown, "message")

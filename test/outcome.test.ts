@@ -296,6 +296,27 @@ describe("the text that is kept", () => {
     }
   })
 
+  it("never shows a value that PostgreSQL quotes, in whatever language and however long", () => {
+    const value = `hunter2 ${"x".repeat(9000)}\n    at hunter2`
+    const messages: ReadonlyArray<readonly [text: string, kept: string]> = [
+      [`invalid input syntax for type integer: "${value}"`, "invalid input syntax for type integer: …"],
+      [`ungültige Eingabesyntax für Typ integer: »${value}«`, "ungültige Eingabesyntax für Typ integer: …"],
+      [
+        `syntaxe en entrée invalide pour le type integer : « ${value} »`,
+        "syntaxe en entrée invalide pour le type integer : …"
+      ],
+      [`integer 型の入力構文が不正です: 「${value}」`, "integer 型の入力構文が不正です: …"],
+      ["invalid byte sequence for encoding \"UTF8\": 0x68756e", "invalid byte sequence for encoding …"],
+      ["Zeichen mit Byte-Folge 0xe2 0x82 0xac in Kodierung »UTF8«", "Zeichen mit Byte-Folge … … … in Kodierung …"],
+      ["division by zero", "division by zero"]
+    ]
+    for (const [text, kept] of messages) {
+      const error = Object.assign(new Error(text), { code: "22P02", severity: "ERROR" })
+      assert.strictEqual(Outcome.describe(Cause.die(error)), `Error: ${kept}`)
+      assert.notInclude(Outcome.describe(Cause.fail(new Error("outer", { cause: error }))), "hunter2")
+    }
+  })
+
   it("says at least that there is none", () => {
     const revoked = Proxy.revocable({}, {})
     revoked.revoke()
