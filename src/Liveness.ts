@@ -67,10 +67,11 @@ export const make = Effect.fnUntraced(function*(options: {
 }) {
   const clock = yield* Clock.Clock
   const now = () => Bounded.monotonic(clock)
-  // Handlers must have stopped before the lease can end elsewhere: one that has to clean up has as long as a heartbeat.
-  const margin = Math.max(options.lease / 6, Math.min(options.beat, options.lease / 3))
-  // Short enough for another beat, after one that got no answer, before that margin begins.
+  // Handlers must have stopped before the lease can end elsewhere: one that has to clean up has as long as a heartbeat, where
+  // that leaves room for one beat that gets no answer, and another one.
+  const margin = Math.max(options.lease / 6, Math.min(options.beat, options.lease * 2 / 3 - options.beat))
   const patience = options.lease / 6
+  const ownSession = options.database.connect !== undefined
   const kick = Latch.makeUnsafe(false)
   const episode = Episode.make("the heartbeat")
   const contact = Contact.make()
@@ -216,9 +217,11 @@ export const make = Effect.fnUntraced(function*(options: {
         Effect.sandbox,
         Effect.tapError((cause) => {
           doubted = now()
-          if (cause.reasons.some((reason) => Cause.isFailReason(reason) && Database.isConnectionLoss(reason.error))) {
-            unreachable = doubted
-          }
+          const failures = cause.reasons.filter(Cause.isFailReason).map(({ error }) => error)
+          // Over a session that is nobody else's, silence of the server is no doing of a job, unless one kept the event loop.
+          const silent = ownSession && thawedAt <= lastBeat &&
+            failures.some((error) => error instanceof Bounded.TimedOut)
+          if (silent || failures.some(Database.isConnectionLoss)) unreachable = doubted
           return episode.failed(cause)
         }),
         Effect.retry(Database.backoff),
