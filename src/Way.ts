@@ -69,7 +69,6 @@ export const settled = (config: PgClient.PgClientConfig): Way => ({
       lock_timeout: "0",
       idle_session_timeout: "0",
       default_transaction_isolation: "read committed",
-      default_transaction_read_only: "off",
       search_path: "pg_catalog",
       datestyle: "ISO",
       intervalstyle: "postgres",
