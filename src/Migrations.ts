@@ -426,8 +426,8 @@ export const verifyServer = Effect.fnUntraced(function*(sql: SqlClient.SqlClient
  * **Details**
  *
  * Processes that find the right version take no lock. The others queue up behind a transaction-level advisory lock
- * that also covers the creation of the schema. DDL waits at most a second for a lock, then lets everybody pass and
- * tries again, for up to a minute.
+ * that also covers the creation of the schema. DDL waits at most a second and a half for a lock, then lets everybody pass
+ * and tries again, for up to a minute.
  *
  * @since 0.1.0
  */
@@ -437,7 +437,8 @@ export const run = Effect.fn("Migrations.run")(
     if ((yield* current(sql, schema)) >= version) return
     const migrate = Effect.gen(function*() {
       yield* sql.unsafe(
-        "select set_config('lock_timeout', '1000', true), set_config('client_min_messages', 'warning', true)"
+        // Longer than the second after which PostgreSQL asks an autovacuum that is in the way to give up (deadlock_timeout).
+        "select set_config('lock_timeout', '1500', true), set_config('client_min_messages', 'warning', true)"
       )
       // Two 32-bit keys: a namespace of our own ("pgqq") and the schema. Transaction-level, so that no pooler can leak it.
       yield* sql.unsafe(`select pg_advisory_xact_lock(1885827953, hashtext($1))`, [schema])
@@ -462,7 +463,8 @@ export const run = Effect.fn("Migrations.run")(
         ))
       }).pipe(Effect.provideService(SqlClient.SqlClient, sql))
     })
-    const jitter = yield* Random.nextIntBetween(50, 250)
+    // Whoever has waited behind us gets through meanwhile.
+    const rest = yield* Random.nextIntBetween(500, 1500)
     yield* sql.withTransaction(migrate).pipe(
       Database.typedTransaction,
       // Migrator wraps what a migration fails with; the SqlError inside is what decides whether to try again.
@@ -474,7 +476,7 @@ export const run = Effect.fn("Migrations.run")(
       Effect.retry({
         // 23505: somebody else has created the schema at the same time; "if not exists" does not cover that.
         while: (error) => Database.isTransient(error) || (isSqlError(error) && Database.sqlState(error) === "23505"),
-        schedule: Schedule.max([Schedule.spaced(jitter), Schedule.recurs(200)]).pipe(
+        schedule: Schedule.max([Schedule.spaced(rest), Schedule.recurs(200)]).pipe(
           Schedule.upTo({ duration: "1 minute" })
         )
       })
