@@ -31,7 +31,7 @@ const violations: Record<string, ReadonlyArray<string>> = {
   "I1 all have ended": ["select pgqueue.enqueue('work', '{}')"],
   "I2 no phantom": [intent("rejected"), run(b!, "worker", 1, 2)],
   "I3 one final": [moved(a!, "completed", d!), moved(a!, "discarded", d!)],
-  "I3 one final, by who holds it": [moved(a!, "claimed", c!), moved(a!, "completed", d!)],
+  "I3 one final, by who holds it": [moved(a!, "claimed", c!), moved(a!, "left", c!), moved(a!, "completed", c!)],
   "I4 no overlap under a valid lease": [
     moved(a!, "claimed", c!, 1),
     `insert into watch.beat values (${c}, 'one', 3000, '2020-01-01 00:00:01')`,
@@ -50,9 +50,7 @@ const violations: Record<string, ReadonlyArray<string>> = {
   ),
   "I9 unique": [
     "select pgqueue.enqueue('work', '{}', unique_key => 'k')",
-    "insert into pgqueue.job (id, kind, queue, priority, run_at, scheduled_for, max_attempts, payload, unique_key) select gen_random_uuid(), kind, queue, priority, run_at, scheduled_for, max_attempts, payload, unique_key from pgqueue.job",
-    "alter table pgqueue.unique_key drop constraint unique_key_pkey",
-    "insert into pgqueue.unique_key (key, job, until) select unique_key, id, 'finished' from pgqueue.job"
+    "insert into pgqueue.job (id, kind, queue, priority, run_at, scheduled_for, max_attempts, payload, unique_key) select gen_random_uuid(), kind, queue, priority, run_at, scheduled_for, max_attempts, payload, unique_key from pgqueue.job"
   ],
   "I9 one job for each enqueue": [finished(a!), finished(b!)],
   "I11 hygiene: workers": [

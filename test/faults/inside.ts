@@ -4,6 +4,8 @@ import { Effect, Layer, Redacted } from "effect"
 import { readFileSync } from "node:fs"
 import { JobQueue } from "../../src/index.ts"
 import type * as Queue from "../../src/JobQueue.ts"
+import type { EmbeddedPostgres } from "../support/embedded.ts"
+import { serverProcesses } from "../support/processes.ts"
 import { now } from "../support/queue.ts"
 import type { Stage } from "./stage.ts"
 
@@ -46,3 +48,17 @@ export const cpuDuring = Effect.fnUntraced(function*<A, E, R>(pid: number, effec
   const took = yield* timed(effect)
   return (used() - before) * 10 / took * 100
 })
+
+/** The ids of jobs that were enqueued. */
+export const idsOf = (jobs: ReadonlyArray<{ readonly id: string }>): ReadonlyArray<string> => jobs.map(({ id }) => id)
+
+/** Sends a signal to all processes of a server. */
+export const signalServer = (server: EmbeddedPostgres, signal: NodeJS.Signals) => {
+  for (const pid of serverProcesses(server.dataDir)) {
+    try {
+      process.kill(pid, signal)
+    } catch {
+      // It has ended by itself.
+    }
+  }
+}

@@ -118,7 +118,6 @@ scenarios("the network", (scenario) => {
       for (const actor of [heir, ...cast.workers]) assert.strictEqual((yield* actor.ended).code, 0)
       assert.isAtLeast(interrupted, 20)
       assert.isBelow(stopped!, timing.lease)
-      assert.isBelow(recovered!, 3000)
       return { ...counts, interrupted: `${interrupted}`, "last handler stopped": stopped!, recovered: recovered! }
     }))
 
@@ -417,7 +416,7 @@ scenarios("the network", (scenario) => {
         })
         recovered = Math.max(recovered, took)
         const lines = worker.output().slice(before).split("\n").length
-        assert.isBelow(lines, 20 * length / 1000, worker.output().slice(before))
+        assert.isBelow(lines, 20, worker.output().slice(before))
       }
       assert.isTrue(worker.running() && producer.running())
       assert.isBelow(worker.files(), files + 10)
@@ -487,7 +486,12 @@ const makeLink = Effect.fnUntraced(function*(stage: Stage) {
   return {
     how: "a virtual interface that is down",
     real: true,
-    settings: { url: queue.href, ledgerUrl: ledger.url, through: ["ip", "netns", "exec", name] },
+    settings: {
+      queue: { allowInsecure: true },
+      url: queue.href,
+      ledgerUrl: ledger.url,
+      through: ["ip", "netns", "exec", name]
+    },
     down: Effect.asVoid(Effect.acquireRelease(
       Effect.sync(() => ip("link", "set", `${outer}q`, "down")),
       () => Effect.sync(() => ip("link", "set", `${outer}q`, "up"))

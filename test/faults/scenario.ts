@@ -17,6 +17,8 @@ declare module "vitest" {
 export interface Options {
   /** It is a part of the short form, too. */
   readonly short?: boolean
+  /** What this machine is without, if it cannot be played here. */
+  readonly without?: string | undefined
   /** How many minutes it may take; 3 unless told otherwise. */
   readonly minutes?: number
 }
@@ -43,7 +45,8 @@ export const scenarios = (
   if (played.length === 0) return
   layer(victim, { excludeTestServices: true, timeout: 60_000 })(title, (it) => {
     for (const [id, what, options, body] of played) {
-      it.effect(
+      const on = options.without === undefined ? it.effect : it.effect.skip
+      on(
         `${id} ${what}`,
         (context) =>
           Effect.map(Effect.scoped(Effect.flatMap(makeStage(options), body)), (figures) => {

@@ -64,7 +64,12 @@ scenarios("a soak", (scenario) => {
       const deed: ReadonlyArray<Effect.Effect<unknown, unknown, any>> = [
         replace("SIGKILL"),
         replace("SIGTERM"),
-        Effect.scoped(Effect.andThen(Effect.suspend(() => any(mortal).frozen), Effect.sleep(any([1000, 5000])))),
+        Effect.scoped(
+          Effect.andThen(
+            Effect.suspend(() => any(mortal).frozen),
+            Effect.suspend(() => Effect.sleep(any([1000, 5000])))
+          )
+        ),
         stage.net.reset(),
         Effect.suspend(() => stage.net.reset({ process: any(mortal).name })),
         stage.rows(`select pg_terminate_backend(pid) from pg_stat_activity where datname = current_database()

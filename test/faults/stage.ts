@@ -38,6 +38,14 @@ export class Victim extends Context.Service<Victim, EmbeddedPostgres>()("effect-
 /** A process of the stage. */
 export interface Actor extends Program {
   readonly name: string
+  /** What it calls itself in the ledger and as a worker. */
+  readonly boot: string
+  /** Waits for an end that nobody has told it to come to, and that is a part of the scenario all the same. */
+  readonly died: Effect.Effect<Ended>
+  /** Kills it, or freezes it, within a callback. */
+  readonly strike: (signal: NodeJS.Signals) => void
+  /** Whether somebody has told it to end, or killed it. */
+  readonly told: () => boolean
   /** Freezes it, in the current scope. */
   readonly frozen: Effect.Effect<void, never, Scope.Scope>
   /** Tells it to end and returns how it did, and how long that took in milliseconds. */
@@ -61,22 +69,37 @@ type Settings = Partial<Omit<ActorProgram, "role" | "name">> & {
   readonly through?: ReadonlyArray<string>
 }
 
-const actorOf = (name: string, program: Program): Actor => ({
-  ...program,
-  name,
-  frozen: Effect.asVoid(Effect.acquireRelease(program.kill("SIGSTOP"), () => program.kill("SIGCONT"))),
-  end: Effect.fnUntraced(function*(signal = "SIGTERM") {
-    const told = yield* now
-    yield* program.kill(signal)
-    const { at, code } = yield* Effect.timeoutOrElse(program.ended, {
-      duration: "90 seconds",
-      orElse: () => Effect.die(new Error(`${name} still runs:\n${program.output()}`))
-    })
-    return { code, took: at - told }
-  }),
-  memory: () => Number(/VmRSS:\s+(\d+)/.exec(readFileSync(`/proc/${program.pid}/status`, "utf8"))?.[1] ?? 0),
-  files: () => readdirSync(`/proc/${program.pid}/fd`).length
-})
+const actorOf = (name: string, program: Program): Actor => {
+  let told = false
+  const tell = (signal: NodeJS.Signals) => {
+    told ||= signal !== "SIGSTOP" && signal !== "SIGCONT"
+  }
+  return {
+    ...program,
+    name,
+    kill: (signal) => Effect.andThen(Effect.sync(() => tell(signal)), program.kill(signal)),
+    strike: (signal) => {
+      tell(signal)
+      process.kill(program.pid, signal)
+    },
+    boot: `${name} ${program.pid}`,
+    died: Effect.tap(program.ended, () => Effect.sync(() => tell("SIGKILL"))),
+    told: () => told,
+    frozen: Effect.asVoid(Effect.acquireRelease(program.kill("SIGSTOP"), () => program.kill("SIGCONT"))),
+    end: Effect.fnUntraced(function*(signal = "SIGTERM") {
+      const told = yield* now
+      tell(signal)
+      yield* program.kill(signal)
+      const { at, code } = yield* Effect.timeoutOrElse(program.ended, {
+        duration: "90 seconds",
+        orElse: () => Effect.die(new Error(`${name} still runs:\n${program.output()}`))
+      })
+      return { code, took: at - told }
+    }),
+    memory: () => Number(/VmRSS:\s+(\d+)/.exec(readFileSync(`/proc/${program.pid}/status`, "utf8"))?.[1] ?? 0),
+    files: () => readdirSync(`/proc/${program.pid}/fd`).length
+  }
+}
 
 /** What a stage may be told. */
 export interface StageOptions {
@@ -114,6 +137,8 @@ export const makeStage = Effect.fnUntraced(function*(options: StageOptions = {})
   const actors: Array<Actor> = []
   /** Those who start processes again: not once they are to stop. */
   const keepers: Array<() => void> = []
+  /** What they have started, and may end as it likes. */
+  const mortals = new Set<Actor>()
   /** Faults so far that the server has forgotten claims in. */
   const crashes: Array<string> = []
 
@@ -157,6 +182,7 @@ export const makeStage = Effect.fnUntraced(function*(options: StageOptions = {})
     const keeper = yield* keepProgram("actor.ts", programOf("worker", name, settings), nodeOptions, (program) => {
       current = actorOf(name, program)
       actors.push(current)
+      mortals.add(current)
     })
     keepers.push(keeper.letGo)
     return { current: () => current!, ends: keeper.ends } satisfies KeptActor
@@ -306,7 +332,7 @@ export const makeStage = Effect.fnUntraced(function*(options: StageOptions = {})
       assert.deepStrictEqual(violations, {})
       yield* Effect.provideService(allInPlace, Ledger, truth)
       for (const { name, output } of actors) {
-        assert.notMatch(output(), /unhandledRejection|uncaughtException|in no place|Error: boom/i, name)
+        assert.notMatch(output(), /unhandledRejection|uncaughtException|\] (ERROR|FATAL) \(/i, name)
       }
     })
 
@@ -325,18 +351,30 @@ export const makeStage = Effect.fnUntraced(function*(options: StageOptions = {})
           concurrency: "unbounded"
         }
       )
+    for (const actor of actors) {
+      assert.isTrue(
+        actor.running() || actor.told() || mortals.has(actor),
+        `${actor.name} has ended:\n${actor.output()}`
+      )
+    }
+    if (alive("scheduler").length > 0) {
+      const due =
+        "select count(*)::int from pgqueue.schedule where next_at <= $1::timestamptz and undeclared_at is null"
+      const at = yield* value<string>("select clock_timestamp()::text")
+      yield* until("each tick so far has been fired", Effect.map(value(due, [at]), (left) => left === 0), {
+        within: 15_000
+      })
+    }
     yield* stop("scheduler")
     yield* stop("producer")
     // Of a fleet in which nobody is left to work nothing would ever end.
     if (alive("worker").length === 0) yield* worker("worker last")
-    if (options.unfinished !== true) {
-      yield* untilAllEnded(options.within)
-      yield* until(
-        "all ticks have ended",
-        Effect.map(value("select count(*)::int from pgqueue.job"), (left) => left === 0),
-        { within: 30_000 }
-      )
-    }
+    yield* untilAllEnded(options.within)
+    yield* until(
+      "all ticks have ended",
+      Effect.map(value("select count(*)::int from pgqueue.job"), (left) => left === 0),
+      { within: 30_000 }
+    )
     // Those of processes that were killed go with the next sweep.
     yield* until(
       "nothing is held for the dead",

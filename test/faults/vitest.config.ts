@@ -17,7 +17,7 @@ const figures: Reporter = {
     const results = modules.flatMap((module) =>
       [...module.children.allTests()].map((test) => ({
         name: test.name,
-        passed: test.result().state === "passed",
+        state: test.result().state,
         figures: test.meta().figures ?? {}
       }))
     )

@@ -20,6 +20,7 @@ import {
   Storage
 } from "../support/storage.ts"
 import { full, limit } from "./form.ts"
+import { idsOf } from "./inside.ts"
 import type { Cut } from "./net.ts"
 import { scenarios } from "./scenario.ts"
 import { type Actor, rescuedWithin, type Stage, timing } from "./stage.ts"
@@ -33,7 +34,6 @@ const rescuing = "for update of l skip locked"
 const firing = "as i(name, next_at, updated_at, last_job, following, passed)"
 
 /** Under which name a process registers. */
-const bootOf = (actor: Actor) => `${actor.name} ${actor.pid}`
 
 interface Death {
   readonly boot: string
@@ -47,12 +47,12 @@ const kill = Effect.fnUntraced(function*(stage: Stage, actor: Actor) {
   const at = yield* clock(stage)
   yield* actor.kill("SIGKILL")
   yield* actor.ended
-  return { boot: bootOf(actor), at } satisfies Death
+  return { boot: actor.boot, at } satisfies Death
 })
 
 /**
- * What was taken from the dead, and how long after its death the last of it was in somebody's hands again, in milliseconds;
- * by what the database has written down.
+ * What was taken from the dead, lost for the first time, and how long after its death the last of it was in somebody's hands
+ * again, in milliseconds; by what the database has written down. Later losses are made to wait.
  */
 const orphans = (stage: Stage, deaths: ReadonlyArray<Death>) =>
   Effect.map(
@@ -61,7 +61,8 @@ const orphans = (stage: Stage, deaths: ReadonlyArray<Death>) =>
         select distinct b.worker, d.at from json_to_recordset($1::json) as d(boot text, at timestamptz) join watch.beat b on b.name = d.boot
       )
       select count(*)::int as orphans, coalesce(max(extract(epoch from n.at - d.at) * 1000), 0)::float8 as reclaimed
-      from death d join watch.transition t on t.worker = d.worker and t.what = 'left' and t.at > d.at
+      from death d join watch.transition t on t.worker = d.worker and t.what = 'left' and t.at > d.at and not exists (
+        select 1 from pgqueue.attempt a where a.job = t.job and a.tag = 'Lost' and a.ended_at < t.at - interval '1 second')
       cross join lateral (select at from watch.transition n where n.job = t.job and n.seq > t.seq and n.what <> 'left' order by seq limit 1) n`,
       [JSON.stringify(deaths)]
     ),
@@ -120,15 +121,13 @@ const untilRegisteredAgain = (stage: Stage, actor: Actor, old: string) =>
   until(
     "it has started again under a new id",
     Effect.map(
-      stage.value("select count(*)::int from pgqueue.worker where name = $1 and id <> $2::uuid", [bootOf(actor), old]),
+      stage.value("select count(*)::int from pgqueue.worker where name = $1 and id <> $2::uuid", [actor.boot, old]),
       (count) => count === 1
     )
   )
 
 const workerId = (stage: Stage, actor: Actor) =>
-  stage.value<string>("select id::text from pgqueue.worker where name = $1", [bootOf(actor)])
-
-const idsOf = (jobs: ReadonlyArray<{ readonly id: string }>) => jobs.map(({ id }) => id)
+  stage.value<string>("select id::text from pgqueue.worker where name = $1", [actor.boot])
 
 /** Where a process is killed, and whose it is. */
 interface Point {
@@ -168,7 +167,7 @@ const points: Record<string, Point | "dies before" | "dies after"> = {
           )
         yield* until("somebody holds them", Effect.map(holder(), (name) => name !== undefined))
         const name = yield* holder()
-        yield* workers.find((actor) => bootOf(actor) === name)?.kill("SIGTERM") ?? Effect.void
+        yield* workers.find((actor) => actor.boot === name)?.kill("SIGTERM") ?? Effect.void
       })
   },
   "rescue.selected": { role: "worker", cut: { text: rescuing, at: "sent" } }
@@ -204,9 +203,7 @@ scenarios("workers", (scenario) => {
         const cast = yield* stage.fleet({ producers: 1, rate: 60, warm: 0, settings: { gracePeriod: 300 } })
         const actors = new Map([...cast.workers, ...cast.schedulers].map((actor) => [actor.name, actor]))
         const deaths: Array<Death> = []
-        const took: Record<string, number> = {}
         for (const [name, point] of Object.entries(points)) {
-          const begun = performance.now()
           for (let round = 0; round < (full ? 4 : 1); round++) {
             const workers = [...actors.values()].filter((actor) => actor.name.startsWith("worker"))
             let victim: Actor | undefined
@@ -216,7 +213,7 @@ scenarios("workers", (scenario) => {
             } else {
               const happened = yield* stage.net.cut({ ...point.cut, process: point.role }, (name) => {
                 victim = actors.get(name)!
-                process.kill(victim.pid, "SIGKILL")
+                victim.strike("SIGKILL")
               })
               if (point.first !== undefined) yield* point.first(stage, workers)
               yield* Effect.timeoutOrElse(happened, {
@@ -224,9 +221,9 @@ scenarios("workers", (scenario) => {
                 orElse: () => Effect.die(new Error(`nobody comes to ${name}`))
               })
             }
-            const { signal } = yield* victim!.ended
+            const { signal } = yield* victim!.died
             assert.strictEqual(signal, "SIGKILL", victim!.output())
-            deaths.push({ boot: bootOf(victim!), at: yield* clock(stage) })
+            deaths.push({ boot: victim!.boot, at: yield* clock(stage) })
             // One that was told to stop, and was not the one that came to the point, is replaced, too.
             for (const actor of actors.values()) {
               if (actor.running()) continue
@@ -234,7 +231,6 @@ scenarios("workers", (scenario) => {
               actors.set(actor.name, yield* role(actor.name, { gracePeriod: 300 }))
             }
           }
-          took[name] = performance.now() - begun
         }
         const counts = yield* stage.finish()
         // Whatever was acknowledged was over.
@@ -291,14 +287,14 @@ scenarios("workers", (scenario) => {
           Effect.map(
             stage.recorded(
               "select count(*)::int from ledger where boot = $1 and phase in ('end', 'interrupted')",
-              [bootOf(holder)]
+              [holder.boot]
             ),
             (count) => count === ids.length
           )
         )
         const interrupted = yield* stage.recorded(
           `select (extract(epoch from max(at) - $1::timestamptz) * 1000)::float8 from ledger where boot = $2 and phase = 'interrupted'`,
-          [thawed, bootOf(holder)]
+          [thawed, holder.boot]
         )
         // What it claims now is settled after whatever it had to say about the others.
         const [next] = idsOf(
@@ -467,7 +463,7 @@ scenarios("workers", (scenario) => {
     { minutes: 6 },
     (stage) =>
       Effect.gen(function*() {
-        let { workers } = yield* stage.fleet({ rate: 200 })
+        let { workers } = yield* stage.fleet()
         const deaths: Array<Death> = []
         for (let round = 0; round < (full ? 10 : 1); round++) {
           const killed = yield* Effect.forEach(workers, (actor) => kill(stage, actor), { concurrency: "unbounded" })
@@ -481,6 +477,16 @@ scenarios("workers", (scenario) => {
             "the dead hold nothing",
             Effect.map(
               stage.value("select count(*)::int from pgqueue.worker where name = any ($1::text[])", [boots]),
+              (count) => count === 0
+            ),
+            { within: rescuedWithin + 5000 }
+          )
+          yield* until(
+            "what they have lost for the first time is held again",
+            Effect.map(
+              stage.value(
+                "select count(*)::int from pgqueue.job j join pgqueue.ready r on r.id = j.id where j.rescued = 1 and j.attempt = 0"
+              ),
               (count) => count === 0
             ),
             { within: rescuedWithin + 5000 }
@@ -613,7 +619,7 @@ scenarios("workers", (scenario) => {
             stage.value(
               "select count(*)::int from pgqueue.lease l join pgqueue.worker w on w.id = l.worker where w.name = $1",
               [
-                bootOf(dead)
+                dead.boot
               ]
             ),
             (count) => count > 0
@@ -626,7 +632,7 @@ scenarios("workers", (scenario) => {
           stage.net.cut({ text: reaping, process: "worker", at: "answered", silent: true }, (name) => {
             sweeper = name
             at = performance.now()
-            process.kill(workers.get(name)!.pid, signal)
+            workers.get(name)!.strike(signal)
           })
         )
         yield* Effect.flatten(stage.net.cut({ text: reaping, process: "worker", at: "acknowledged" }))
@@ -667,24 +673,17 @@ scenarios("workers", (scenario) => {
         stage.recorded(`select (extract(epoch from (${text}) - $1::timestamptz) * 1000)::float8`, [last, ...params])
       const stopped = yield* since(
         "select max(at) from ledger where boot = $2 and phase = 'interrupted'",
-        [bootOf(cut)]
+        [cut.boot]
       )
       const claimedFor = yield* stage.value(
         `select coalesce(max(extract(epoch from at - $1::timestamptz) * 1000), 0)::float8 from watch.transition
          where worker = $2::uuid and what = 'claimed'`,
         [last, old]
       )
-      yield* until(
-        "it has started again under a new id",
-        Effect.map(
-          stage.value("select count(*)::int from pgqueue.worker where name = $1 and id <> $2::uuid", [
-            bootOf(cut),
-            old
-          ]),
-          (count) => count === 1
-        )
-      )
+      yield* untilRegisteredAgain(stage, cut, old)
       const counts = yield* stage.finish()
+      // It has handed its jobs back itself, and none of them is to blame.
+      assert.strictEqual(yield* stage.value("select count(*)::int from pgqueue.finished where rescued > 0"), 0)
       assert.isBelow(claimedFor, timing.lease)
       // A heartbeat before the end of the lease, by a clock that begins when the last beat was sent; 100 ms to interrupt.
       assert.isBelow(stopped, timing.lease - timing.heartbeat + 100)

@@ -61,25 +61,31 @@ export interface ActorProgram {
 }
 
 const record = (phase: string, key: string) => Effect.flatMap(Ledger, (ledger) => ledger.record(phase, key))
+/** Who is interrupted says so, and waits for nobody to hear it. */
+const interrupted = Effect.onInterrupt(() => Effect.flatMap(Ledger, (ledger) => ledger.mention("interrupted")))
 
 const WorkHandler = Work.toLayer(Effect.fnUntraced(function*({ fails, key, millis }) {
   yield* record("start", key)
   yield* Effect.sleep(millis)
   yield* record("end", key)
   if ((yield* Job.Current).attempt <= fails) return yield* Effect.die("it fails at first")
-}))
+}, interrupted))
 
 const PayHandler = Pay.toLayer(
-  Effect.fnUntraced(function*({ fails, key, millis }) {
-    const { attempt, id } = yield* Job.Current
-    const sql = yield* SqlClient.SqlClient
-    yield* record("start", key)
-    yield* sql`insert into public.paid (job, part) values (${id}::uuid, 1)`
-    yield* Effect.sleep(millis)
-    yield* sql`insert into public.paid (job, part) values (${id}::uuid, 2)`
-    yield* record("end", key)
-    if (attempt <= fails) return yield* Effect.die("it fails at first")
-  }, Effect.orDie),
+  Effect.fnUntraced(
+    function*({ fails, key, millis }) {
+      const { attempt, id } = yield* Job.Current
+      const sql = yield* SqlClient.SqlClient
+      yield* record("start", key)
+      yield* sql`insert into public.paid (job, part) values (${id}::uuid, 1)`
+      yield* Effect.sleep(millis)
+      yield* sql`insert into public.paid (job, part) values (${id}::uuid, 2)`
+      yield* record("end", key)
+      if (attempt <= fails) return yield* Effect.die("it fails at first")
+    },
+    Effect.orDie,
+    interrupted
+  ),
   { transactional: true }
 )
 
