@@ -14,7 +14,7 @@
 --
 --     create role web login password '…' in role pgqueue_producer;
 --
--- Where the role that migrates is another one than the role that works, only the first has `migrate: true`, the default.
+-- Where the role that migrates is another one than the role that works, give all but the first `migrate: false`.
 
 do $roles$
 declare
@@ -27,6 +27,10 @@ begin
       execute format('create role %I nologin', wanted);
     end if;
   end loop;
+  -- Who is no superuser can give a schema or a table to a role only as a member of it.
+  if not (select rolsuper from pg_catalog.pg_roles where rolname = current_user) then
+    execute format('grant pgqueue_owner to %I', current_user);
+  end if;
 end
 $roles$;
 

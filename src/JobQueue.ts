@@ -196,8 +196,8 @@ const make = Effect.fnUntraced(function*(options: Options) {
   const client = yield* SqlClient.SqlClient
   if (options.allowInsecure !== true && Way.isPgClient(client)) {
     const { directUrl } = options
-    const configs = [client.config, ...directUrl === undefined ? [] : [Reach.at(client.config, directUrl)]]
-    const [insecure] = configs.flatMap((config) => Transport.problemOf(config) ?? [])
+    const insecure = Transport.problemOf(client.config, "the PgClient") ??
+      (directUrl === undefined ? undefined : Transport.problemOf(Reach.at(client.config, directUrl), "directUrl"))
     if (insecure !== undefined) {
       return yield* new Migrations.JobQueueError({ reason: "InsecureConnection", message: insecure })
     }

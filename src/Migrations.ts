@@ -332,7 +332,7 @@ const pace = (s: string): ReadonlyArray<string> => [
   `alter table ${s}.lease alter column ids set storage external`
 ]
 
-/** The statements of migration 5: what workers and people write is limited, too. */
+/** The statements of migration 5: what workers and people write is limited, too, and the last function is safe anywhere. */
 const limits = (s: string): ReadonlyArray<string> => [
   // Each table has one constraint for all, because each is a cost of its own for a statement of one row; none is valid for
   // what is there, so that nobody waits for a look at every row. The archive takes what `finished` has taken.
@@ -350,7 +350,14 @@ const limits = (s: string): ReadonlyArray<string> => [
     octet_length(error::text) <= ${maxErrorBytes} and octet_length(message) <= ${maxTextBytes} and length(tag) <= 200
   ) not valid`,
   `alter table ${s}.worker add constraint worker_size check (length(name) between 1 and 200) not valid`,
-  `alter table ${s}.queue add constraint queue_size check (length(name) between 1 and 128) not valid`
+  `alter table ${s}.queue add constraint queue_size check (length(name) between 1 and 128) not valid`,
+  // It has no search_path of its own, for speed, and is granted to roles that may call it from sessions of theirs.
+  `create or replace function ${s}.refuse_ended(ids uuid[]) returns void language plpgsql volatile as $$
+  begin
+    if exists (select 1 from ${s}.finished f where f.id operator(pg_catalog.=) any (ids)) then
+      raise exception 'a job with this id has already ended' using errcode = 'PQ001';
+    end if;
+  end $$`
 ]
 
 /** In their order. @internal */

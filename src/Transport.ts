@@ -36,7 +36,7 @@ const decode = (text: string): string => {
 /** Only what cannot leave this machine: a name that merely looks like an address is resolved by whoever answers for it. */
 const isLocal = (host: string): boolean => {
   const name = host.toLowerCase()
-  return name === "" || name === "localhost" || name.endsWith(".localhost") || name.startsWith("/") || name === "::1" ||
+  return name === "" || name === "localhost" || name.startsWith("/") || name === "::1" ||
     (Net.isIPv4(name) && name.startsWith("127."))
 }
 
@@ -49,9 +49,9 @@ const verifying = new Set(["require", "verify-ca", "verify-full"])
  * **Details**
  *
  * Goes by the rules of the driver, whose default is no TLS at all: `ssl` wins over the URL's `sslmode`, `path` over `host`,
- * `host` over the URL. A `stream` of the application's own is its own affair.
+ * `host` over the URL. A `stream` of the application's own is its own affair. `of` names the settings in the message.
  */
-export const problemOf = (config: PgClient.PgClientConfig): string | undefined => {
+export const problemOf = (config: PgClient.PgClientConfig, of: "the PgClient" | "directUrl"): string | undefined => {
   if (config.stream !== undefined || config.path !== undefined) return undefined
   const address = config.url === undefined ? undefined : addressOf(Redacted.value(config.url))
   const host = config.host ?? address?.host ?? "localhost"
@@ -70,5 +70,8 @@ export const problemOf = (config: PgClient.PgClientConfig): string | undefined =
   return `The connection to the host ${
     JSON.stringify(host)
   } would be opened ${now}: whoever is on the way could read the password and every payload. ` +
-    `Give the PgClient ssl: true, or { ca } for an authority of your own, or sslmode=verify-full in its URL; or accept it with JobQueue.layer({ allowInsecure: true }).`
+    (of === "directUrl" && address?.sslmode !== undefined
+      ? "Put sslmode=verify-full into directUrl, or leave it out there and give the PgClient ssl: true"
+      : "Give the PgClient ssl: true, or { ca } for an authority of your own, or sslmode=verify-full in its URL") +
+    "; or accept it with JobQueue.layer({ allowInsecure: true })."
 }

@@ -47,9 +47,12 @@ export interface Options<J extends ReadonlyArray<Job.Any>, M> {
   readonly gracePeriod?: Duration.Input | undefined
   /** How often the worker looks by itself. Default 5 s, or 1 s when it cannot LISTEN. */
   readonly pollInterval?: Duration.Input | undefined
-  /** How often the worker says that it is alive. Default 10 s. */
+  /** How often the worker says that it is alive; not less often than `pollInterval` where it cannot LISTEN. Default 10 s. */
   readonly heartbeat?: Duration.Input | undefined
-  /** After how long without a heartbeat its jobs go to others. At least two heartbeats. Default 30 s. */
+  /**
+   * After how long without a heartbeat its jobs go to others. At least two heartbeats. Its handlers are interrupted a
+   * heartbeat earlier: after two thirds of it at the defaults, and at the latest when a sixth of it is left. Default 30 s.
+   */
   readonly lease?: Duration.Input | undefined
   /** How often to look for dead workers' jobs, ±20 %. Default 15 s. */
   readonly rescueInterval?: Duration.Input | undefined
@@ -76,13 +79,11 @@ type Needs<J extends ReadonlyArray<Job.Any>, M> =
  *
  * **Gotchas**
  *
- * Effect's `runMain` ends with code 130 after SIGTERM; pass it {@link teardown} for 0, or use {@link runMain}, which also
- * hears a second signal.
+ * Effect's `runMain` ends with code 130 after SIGTERM, and never where a COMMIT is not answered: use {@link runMain}.
  *
  * **Example** (A process that works)
  *
  * ```ts
- * import { NodeRuntime } from "@effect/platform-node"
  * import { PgClient } from "@effect/sql-pg"
  * import { Config, Effect, Layer, Schema } from "effect"
  * import { Job, JobQueue, Worker } from "effect-pgqueue"
@@ -97,7 +98,7 @@ type Needs<J extends ReadonlyArray<Job.Any>, M> =
  *   Layer.provide([GreetHandler, QueueLive])
  * )
  *
- * NodeRuntime.runMain(Layer.launch(Main), { teardown: Worker.teardown })
+ * Worker.runMain(Layer.launch(Main))
  * ```
  *
  * @category layers

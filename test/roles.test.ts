@@ -8,7 +8,7 @@ import { readFileSync } from "node:fs"
 import { join } from "node:path"
 import * as Database from "../src/Database.ts"
 import { Admin, CronScheduler, Job, JobQueue, Maintenance, Worker } from "../src/index.ts"
-import { TestDatabase } from "./support/database.ts"
+import { makeDatabase, TestDatabase } from "./support/database.ts"
 import { overhear } from "./support/overheard.ts"
 import { now, until } from "./support/queue.ts"
 
@@ -506,6 +506,53 @@ layer(fixture, { excludeTestServices: true, timeout: "60 seconds" })("the role",
         []
       )
     }))
+
+  it.effect("may be made by a role with CREATEROLE that owns the database", () =>
+    Effect.scoped(Effect.gen(function*() {
+      const { rows: asSuperuser } = yield* Roles
+      const { name, url } = yield* makeDatabase()
+      const schema = `r${randomBytes(6).toString("hex")}`
+      const boss = `${schema}_boss`
+      yield* Effect.acquireRelease(
+        Effect.andThen(
+          asSuperuser(`create role ${boss} login createrole password 'secret'`),
+          asSuperuser(`alter database ${name} owner to ${boss}`)
+        ),
+        () =>
+          Effect.gen(function*() {
+            const client = PgClient.layer({ url, maxConnections: 1 })
+            const names = roles.filter((role) => role !== "public").map((role) => `${schema}_${role}`)
+            yield* Effect.forEach(
+              [...names, boss],
+              (role) => SqlClient.SqlClient.use((sql) => sql.unsafe(`drop owned by ${role} cascade`))
+            ).pipe(Effect.provide(Layer.fresh(client)))
+            yield* asSuperuser(`alter database ${name} owner to current_user`)
+            for (const role of [...names, boss]) yield* asSuperuser(`drop role ${role}`)
+          }).pipe(Effect.ignore({ log: "Warn" }))
+      )
+      const as = new URL(Redacted.value(url))
+      as.username = boss
+      as.password = "secret"
+      const client = Layer.fresh(PgClient.layer({ url: Redacted.make(as.href), maxConnections: 2 }))
+      yield* Effect.gen(function*() {
+        const sql = yield* SqlClient.SqlClient
+        const apply = Effect.forEach(
+          statementsOf(file.replaceAll("pgqueue", schema)),
+          (statement) => sql.unsafe(statement)
+        )
+        yield* apply
+        yield* Effect.scoped(Layer.build(Layer.fresh(JobQueue.layer({ schema }))))
+        yield* apply
+        yield* apply
+        assert.deepStrictEqual(
+          yield* sql.unsafe(
+            `select distinct pg_get_userbyid(relowner)::text as owner from pg_class where relnamespace = $1::text::regnamespace`,
+            [schema]
+          ),
+          [{ owner: `${schema}_owner` }]
+        )
+      }).pipe(Effect.provide(client))
+    })))
 
   it.effect("does not matter for NOTIFY: garbage that anybody can send costs a look a second", () =>
     Effect.gen(function*() {

@@ -182,9 +182,9 @@ describe("the package", () => {
       // Sound: what npm writes.
     ) as [{ readonly files: ReadonlyArray<{ readonly path: string }>; readonly bundled: ReadonlyArray<string> }]
     const paths = packed.files.map(({ path }) => path)
-    assert.includeMembers(paths, ["package.json", "README.md", "LICENSE", "src/index.ts"])
+    assert.includeMembers(paths, ["package.json", "README.md", "LICENSE", "src/index.ts", "docs/roles.sql"])
     const strange = paths.filter((path) =>
-      !/^(package\.json|README\.md|LICENSE|src\/\w+\.ts|dist\/\w+(\.js|\.d\.ts)(\.map)?)$/.test(path)
+      !/^(package\.json|README\.md|LICENSE|docs\/roles\.sql|src\/\w+\.ts|dist\/\w+(\.js|\.d\.ts)(\.map)?)$/.test(path)
     )
     assert.deepStrictEqual(strange, [])
     assert.deepStrictEqual(packed.bundled, [])

@@ -94,6 +94,17 @@ const calls = (after: string) =>
     (found) => found.map(({ what }) => `${after}: ${what}`)
   )
 
+describe("the functions of the storage", () => {
+  it.live("have a search_path of their own, but for one, which names its operator in full", () =>
+    withQueue(Effect.gen(function*() {
+      const found = yield* rows<{ name: string }>(
+        `select proname::text as name from pg_catalog.pg_proc where pronamespace = 'pgqueue'::regnamespace
+           and not coalesce(array_to_string(proconfig, ' '), '') like '%search_path=pg_catalog%'`
+      )
+      assert.deepStrictEqual(found, [{ name: "refuse_ended" }])
+    })))
+})
+
 describe("a search_path that somebody else has filled", () => {
   for (const [path, schema] of [[`"$user", public`, `"$user"`], ["evil, public", "public"]] as const) {
     it.live(`${path}, full of traps in ${schema}: nothing of theirs is called`, () =>
@@ -176,6 +187,7 @@ describe("a search_path that somebody else has filled", () => {
           const waiting = yield* Note.enqueue({ n: 1 }, { delay: "1 hour" })
           const failed = yield* Note.enqueue({ n: 2 }, { maxAttempts: 1 })
           yield* Effect.ignore(Note.execute({ n: 2 }, { maxAttempts: 1 }))
+          yield* untilValue(`select count(*)::int from pgqueue.finished where id = '${failed.id}'`, 1)
           yield* untouched("a failed attempt")
           yield* here(Effect.gen(function*() {
             const { stats } = yield* JobQueue

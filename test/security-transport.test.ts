@@ -234,10 +234,12 @@ describe("a server that does not know the password", () => {
 })
 
 describe("local is only what cannot leave this machine", () => {
-  const local = ["localhost", "LOCALHOST", "db.localhost", "127.0.0.1", "127.255.0.9", "::1", "/run/postgresql", ""]
+  const local = ["localhost", "LOCALHOST", "127.0.0.1", "127.255.0.9", "::1", "/run/postgresql", ""]
   const remote = [
     "db",
     "localhost.example.com",
+    // Who asks a name server gets its answer.
+    "db.localhost",
     "127.0.0.1.example.com",
     "127.1.evil",
     "127.0.0.1:5432",
@@ -255,20 +257,26 @@ describe("local is only what cannot leave this machine", () => {
   ]
   it("by every way to name a host", () => {
     for (const config of by) {
-      for (const host of local) assert.isUndefined(Transport.problemOf(config(host)), host)
-      for (const host of remote) assert.isString(Transport.problemOf(config(host)), host)
+      for (const host of local) assert.isUndefined(Transport.problemOf(config(host), "the PgClient"), host)
+      for (const host of remote) assert.isString(Transport.problemOf(config(host), "the PgClient"), host)
     }
     for (const authority of ["", "localhost:1", "[::1]:1", "%2Frun%2Fpostgresql", "a%40b@localhost"]) {
-      assert.isUndefined(Transport.problemOf({ url: Redacted.make(`postgres://${authority}/app`) }), authority)
+      assert.isUndefined(
+        Transport.problemOf({ url: Redacted.make(`postgres://${authority}/app`) }, "the PgClient"),
+        authority
+      )
     }
     for (const authority of ["db", "[2001:db8::1]:1", "localhost@db", "local%68ost.db"]) {
-      assert.isString(Transport.problemOf({ url: Redacted.make(`postgres://${authority}/app`) }), authority)
+      assert.isString(
+        Transport.problemOf({ url: Redacted.make(`postgres://${authority}/app`) }, "the PgClient"),
+        authority
+      )
     }
-    assert.isUndefined(Transport.problemOf({}))
-    assert.isUndefined(Transport.problemOf({ host: "db", path: "/run/postgresql/.s.PGSQL.5432" }))
+    assert.isUndefined(Transport.problemOf({}, "the PgClient"))
+    assert.isUndefined(Transport.problemOf({ host: "db", path: "/run/postgresql/.s.PGSQL.5432" }, "the PgClient"))
     // As in the driver, the last one wins.
     const twice = (a: string, b: string) =>
-      Transport.problemOf({ url: Redacted.make(`postgres://db/app?sslmode=${a}&sslmode=${b}`) })
+      Transport.problemOf({ url: Redacted.make(`postgres://db/app?sslmode=${a}&sslmode=${b}`) }, "the PgClient")
     assert.isString(twice("verify-full", "prefer"))
     assert.isUndefined(twice("prefer", "verify-full"))
   })

@@ -1,5 +1,4 @@
 /** One worker process of the demo. `main.ts` starts two of them. */
-import { NodeRuntime } from "@effect/platform-node"
 import { PgClient } from "@effect/sql-pg"
 import { Config, Effect, Layer, Random } from "effect"
 import { CronScheduler, Job, JobQueue, Worker } from "../../src/index.ts"
@@ -59,5 +58,5 @@ const WorkerLive = Worker.layer({
 
 const Main = Layer.merge(WorkerLive, CronScheduler.layer([jobs.everySecond])).pipe(Layer.provide(QueueLive))
 
-NodeRuntime.runMain(Layer.launch(Main), { teardown: Worker.teardown })
+Worker.runMain(Layer.launch(Main))
 // #endregion

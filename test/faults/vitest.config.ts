@@ -9,9 +9,8 @@ const figures: Reporter = {
     const { state } = test.result()
     if (state === "skipped") return
     const seconds = (test.diagnostic()?.duration ?? 0) / 1000
-    process.stdout.write(
-      `${state}: ${test.name} (${seconds.toFixed(0)} s) ${JSON.stringify(test.meta().figures ?? {})}\n`
-    )
+    const said = test.result().errors?.map(({ message }) => message).join("\n") || JSON.stringify(test.meta().figures)
+    process.stdout.write(`${state}: ${test.name} (${seconds.toFixed(0)} s) ${said}\n`)
   },
   onTestRunEnd: (modules: ReadonlyArray<TestModule>) => {
     const results = modules.flatMap((module) =>
