@@ -117,32 +117,34 @@ scenarios("users", (scenario) => {
           )
         const build = (name: string, url: Redacted.Redacted, schema: string) =>
           Layer.build(Layer.fresh(app(name, url, schema)))
-        const first = yield* build("first", Redacted.make(stage.url), "pgqueue")
-        const second = yield* build("second", other.url, "pgqueue")
-        const third = yield* build("third", other.url, "another")
-        const all = { first, second, third }
-        const payload = (key: string) => ({ key, millis: 0, fails: 0 })
-        const expected: Array<string> = []
-        for (let n = 0; n < 30; n++) {
-          for (const [name, context] of Object.entries(all)) {
-            const sql = Context.get(context, SqlClient.SqlClient)
-            yield* Effect.provideContext(
-              n % 3 === 0 ? sql.withTransaction(Work.enqueue(payload(`${n}`))) : Work.enqueue(payload(`${n}`)),
-              context
-            )
-            expected.push(`${name} ${n}`)
+        yield* Effect.scoped(Effect.gen(function*() {
+          const first = yield* build("first", Redacted.make(stage.url), "pgqueue")
+          const second = yield* build("second", other.url, "pgqueue")
+          const third = yield* build("third", other.url, "another")
+          const all = { first, second, third }
+          const payload = (key: string) => ({ key, millis: 0, fails: 0 })
+          const expected: Array<string> = []
+          for (let n = 0; n < 30; n++) {
+            for (const [name, context] of Object.entries(all)) {
+              const sql = Context.get(context, SqlClient.SqlClient)
+              yield* Effect.provideContext(
+                n % 3 === 0 ? sql.withTransaction(Work.enqueue(payload(`${n}`))) : Work.enqueue(payload(`${n}`)),
+                context
+              )
+              expected.push(`${name} ${n}`)
+            }
           }
-        }
-        yield* until("each has run its own", Effect.sync(() => ran.length === expected.length))
-        assert.sameMembers(ran, expected)
-        // In a transaction of one, what goes to the other would not be a part of it.
-        const foreign = yield* Effect.flip(
-          Context.get(first, SqlClient.SqlClient).withTransaction(
-            Effect.provideContext(Work.enqueue(payload("no")), Context.omit(SqlClient.SqlClient)(second))
+          yield* until("each has run its own", Effect.sync(() => ran.length === expected.length))
+          assert.sameMembers(ran, expected)
+          // In a transaction of one, what goes to the other would not be a part of it.
+          const foreign = yield* Effect.flip(
+            Context.get(first, SqlClient.SqlClient).withTransaction(
+              Effect.provideContext(Work.enqueue(payload("no")), Context.omit(SqlClient.SqlClient)(second))
+            )
           )
-        )
-        assert.propertyVal(foreign, "reason", "ForeignTransaction")
-        return { jobs: ran.length }
+          assert.propertyVal(foreign, "reason", "ForeignTransaction")
+        }))
+        return { ...yield* stage.finish(), jobs: ran.length }
       })
   )
 })
