@@ -60,7 +60,7 @@ scenarios("the server", (scenario) => {
     (stage) =>
       Effect.gen(function*() {
         const { producers, schedulers, workers } = yield* stage.fleet()
-        const rounds = full ? 30 : 3
+        const rounds = full ? 20 : 3
         yield* stage.during(
           "terminating",
           Effect.gen(function*() {
@@ -84,7 +84,7 @@ scenarios("the server", (scenario) => {
       const listens = Effect.map(stage.value(`select count(*)::int from pg_stat_activity where ${listening}`), (n) =>
         n > 0)
       const [back, late]: [Array<number>, Array<number>] = [[], []]
-      for (let round = 0; round < 100; round++) {
+      for (let round = 0; round < 50; round++) {
         yield* until("it listens", listens, { within: 10_000 })
         yield* stage.rows(`select pg_terminate_backend(pid, 1000) from pg_stat_activity where ${listening}`)
         const { id } = yield* Effect.provideContext(
@@ -131,16 +131,16 @@ scenarios("the server", (scenario) => {
         return { rounds: full ? rounds : 1, ...figures, ...yield* stage.finish() }
       }))
 
-  restarts("D3", "the server restarts", false, 20, false, (server) => pgCtl(server, "restart", "-m", "fast"))
+  restarts("D3", "the server restarts", false, 5, false, (server) => pgCtl(server, "restart", "-m", "fast"))
   restarts(
     "D4",
     "the server crashes and starts again",
     true,
-    20,
+    5,
     true,
     (server) => Effect.andThen(pgCtl(server, "stop", "-m", "immediate"), startAgain(server))
   )
-  restarts("D5a", "a backend is killed, and all others with it", false, 10, true, (server) =>
+  restarts("D5a", "a backend is killed, and all others with it", false, 3, true, (server) =>
     Effect.gen(function*() {
       const [postmaster, ...children] = serverProcesses(server.dataDir)
       const backends = children.filter((pid) => /postgres: postgres /.test(titleOf(pid)))
@@ -151,7 +151,7 @@ scenarios("the server", (scenario) => {
         Effect.sync(() => serverProcesses(server.dataDir).every((pid) => pid === postmaster || !children.includes(pid)))
       )
     }))
-  restarts("D5b", "the postmaster is killed", false, 10, true, (server) =>
+  restarts("D5b", "the postmaster is killed", false, 3, true, (server) =>
     Effect.gen(function*() {
       const [postmaster, ...children] = serverProcesses(server.dataDir)
       process.kill(postmaster!, "SIGKILL")

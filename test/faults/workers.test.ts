@@ -178,7 +178,7 @@ scenarios("workers", (scenario) => {
     Effect.gen(function*() {
       const { workers: [...workers] } = yield* stage.fleet()
       const deaths: Array<Death> = []
-      for (let round = 0; round < (full ? 30 : 3); round++) {
+      for (let round = 0; round < (full ? 20 : 3); round++) {
         const begun = performance.now()
         const at = round % workers.length
         deaths.push(yield* kill(stage, workers[at]!))
