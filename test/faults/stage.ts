@@ -296,6 +296,15 @@ export const makeStage = Effect.fnUntraced(function*(options: StageOptions = {})
       "all jobs have ended",
       Effect.map(value("select count(*)::int from pgqueue.job where kind <> 'tick'"), (left) => left === 0),
       { within, every: 50 }
+    ).pipe(
+      Effect.tapCause(() =>
+        Effect.flatMap(
+          rows(`select kind, attempt, rescued, (run_at - clock_timestamp())::text as due,
+            (select w.name from pgqueue.lease l left join pgqueue.worker w on w.id = l.worker where j.id = any (l.ids)) as holder
+            from pgqueue.job j limit 20`),
+          (left) => Effect.logError("what is left", left)
+        )
+      )
     )
 
   /** Copies the evidence beside the queue's tables. */
