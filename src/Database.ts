@@ -15,7 +15,7 @@ import type * as Scope from "effect/Scope"
 import * as SqlClient from "effect/sql/SqlClient"
 import { ConnectionError, isSqlError, SqlError } from "effect/sql/SqlError"
 import * as Bounded from "./Bounded.ts"
-import * as Way from "./Way.ts"
+import * as Endpoint from "./Endpoint.ts"
 
 /**
  * The ways to the database that one queue uses.
@@ -49,13 +49,15 @@ export interface Database {
    * Whether the sessions of these have the settings of the queue's own. Not those of a client that is no `PgClient`, nor
    * those that a pooler lends for a transaction: what is safe only with them is not for these.
    */
-  readonly settled: boolean
+  readonly keepsSettings: boolean
   /** Opens a session that nobody else can hold up; `undefined` when the client is not a `PgClient`. */
   readonly connect:
     | ((settings?: Record<string, string>) => Effect.Effect<PgConnection.PgConnection, SqlError, Scope.Scope>)
     | undefined
   /** Whether LISTEN in such a session hears what others announce. */
   readonly listens: boolean
+  /** Whether `alone` reaches the server itself: then no transaction of somebody else can keep a statement from it. */
+  readonly direct: boolean
   /** Opens what `query` does over such a session; over the client's own pool when it is not a `PgClient`. */
   readonly alone: Effect.Effect<Database["query"], SqlError, Scope.Scope>
 }
@@ -88,10 +90,10 @@ const planOnce = {
  */
 export const make = Effect.fnUntraced(function*(
   client: SqlClient.SqlClient,
-  options: { readonly maxConnections: number; readonly reach?: Way.Reach | undefined }
+  options: { readonly maxConnections: number; readonly reach?: Endpoint.Reach | undefined }
 ): Effect.fn.Return<Database, SqlError, Scope.Scope> {
   const app = client.withoutTransforms()
-  if (!Way.isPgClient(client)) {
+  if (!Endpoint.isPgClient(client)) {
     // Out of the application's transaction, if the fiber is in one: with a connection of its own.
     const outside = Context.omit(app.transactionService)
     const query: Database["query"] = <A extends object>(text: string, params: ReadonlyArray<unknown>) =>
@@ -105,15 +107,17 @@ export const make = Effect.fnUntraced(function*(
       query,
       often: query,
       oftenInOrder,
-      settled: false,
+      keepsSettings: false,
       connect: undefined,
       listens: false,
+      direct: false,
       alone: Effect.succeed(query)
     }
   }
   const { maxConnections } = options
-  const direct = Way.settled(client.config)
-  const { listens, pools, sessions } = options.reach ?? { pools: direct, sessions: direct, listens: true }
+  const server = Endpoint.direct(client.config)
+  const { listens, pools, sessions } = options.reach ?? { pools: server, sessions: server, listens: true }
+  const direct = sessions.keepsSettings
   const withReactivity = <A, E>(self: Effect.Effect<A, E, Reactivity.Reactivity | Scope.Scope>) =>
     Effect.provideServiceEffect(self, Reactivity.Reactivity, Reactivity.make)
   const pool = (config: PgConnection.Config, maxConnections: number) =>
@@ -123,11 +127,11 @@ export const make = Effect.fnUntraced(function*(
     )
   const connect: Database["connect"] = (settings) =>
     PgConnection.make(
-      sessions.settled
+      sessions.keepsSettings
         ? { ...sessions.config, startupParameters: { ...sessions.config.startupParameters, ...settings } }
         : sessions.config
     )
-  const alone: Database["alone"] = sessions.settled
+  const alone: Database["alone"] = sessions.keepsSettings
     ? Effect.map(connect(), (session) =>
     // Sound as far as the caller is right about the columns of its statement, as with any client.
     <A extends object>(text: string, params: ReadonlyArray<unknown>) =>
@@ -138,7 +142,7 @@ export const make = Effect.fnUntraced(function*(
         transaction(client, client.unsafe<A>(text, params).unprepared)
     })
 
-  if (!pools.settled) {
+  if (!pools.keepsSettings) {
     const own = yield* pool(pools.config, maxConnections)
     // Inside a transaction of the pool a statement is a part of that.
     const each = <A>(self: Effect.Effect<A, SqlError>) =>
@@ -146,7 +150,19 @@ export const make = Effect.fnUntraced(function*(
     const query: Database["query"] = <A extends object>(text: string, params: ReadonlyArray<unknown>) =>
       each(own.unsafe<A>(text, params).unprepared)
     const oftenInOrder: Database["oftenInOrder"] = (text, params) => each(own.unsafe(text, params).valuesUnprepared)
-    return { app, own, hot: own, query, often: query, oftenInOrder, settled: false, connect, listens, alone }
+    return {
+      app,
+      own,
+      hot: own,
+      query,
+      often: query,
+      oftenInOrder,
+      keepsSettings: false,
+      connect,
+      listens,
+      direct,
+      alone
+    }
   }
   const { config } = pools
   const own = yield* pool(config, Math.max(1, maxConnections >> 1))
@@ -164,9 +180,10 @@ export const make = Effect.fnUntraced(function*(
     query: (text, params) => own.unsafe(text, params),
     often: (text, params) => oftenFrom((client) => client.unsafe(text, params)),
     oftenInOrder: (text, params) => oftenFrom((client) => client.unsafe(text, params).values),
-    settled: true,
+    keepsSettings: true,
     connect,
     listens,
+    direct,
     alone
   }
 })

@@ -15,6 +15,7 @@ import type { SqlError } from "effect/sql/SqlError"
 import * as Awaiting from "./Awaiting.ts"
 import * as Bounded from "./Bounded.ts"
 import * as Database from "./Database.ts"
+import * as Endpoint from "./Endpoint.ts"
 import { type Enqueued, EnqueueError } from "./Enqueue.ts"
 import * as Grouping from "./Grouping.ts"
 import * as Migrations from "./Migrations.ts"
@@ -23,7 +24,6 @@ import * as Store from "./Store.ts"
 import * as Transport from "./Transport.ts"
 import * as UniqueKeys from "./UniqueKeys.ts"
 import * as Wakeup from "./Wakeup.ts"
-import * as Way from "./Way.ts"
 
 export { JobQueueError } from "./Migrations.ts"
 
@@ -194,7 +194,7 @@ const make = Effect.fnUntraced(function*(options: Options) {
       Effect.retry({ while: Database.isTransient, schedule: Database.backoff })
     )
   const client = yield* SqlClient.SqlClient
-  if (options.allowInsecure !== true && Way.isPgClient(client)) {
+  if (options.allowInsecure !== true && Endpoint.isPgClient(client)) {
     const { directUrl } = options
     const insecure = Transport.problemOf(client.config, "the PgClient") ??
       (directUrl === undefined ? undefined : Transport.problemOf(Reach.at(client.config, directUrl), "directUrl"))
@@ -202,7 +202,7 @@ const make = Effect.fnUntraced(function*(options: Options) {
       return yield* new Migrations.JobQueueError({ reason: "InsecureConnection", message: insecure })
     }
   }
-  const reach = Way.isPgClient(client) ? yield* patiently(Reach.find(client, options.directUrl)) : undefined
+  const reach = Endpoint.isPgClient(client) ? yield* patiently(Reach.find(client, options.directUrl)) : undefined
   const database = yield* Bounded.open(Database.make(client, { maxConnections, reach }))
   const store = Store.make(database, schema)
 
@@ -213,7 +213,7 @@ const make = Effect.fnUntraced(function*(options: Options) {
   }))
   const wakeup = yield* Bounded.open(Wakeup.make(database, schema))
   const mode = database.listens ? "listen" : "poll"
-  const pooled = reach?.pools.settled === false ? ", statements through a pooler" : ""
+  const pooled = reach?.pools.keepsSettings === false ? ", statements through a pooler" : ""
   yield* Effect.logInfo(
     `effect-pgqueue: schema "${schema}", ${mode === "listen" ? "LISTEN/NOTIFY" : "polling only"}${pooled}`
   )

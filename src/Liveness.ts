@@ -71,7 +71,6 @@ export const make = Effect.fnUntraced(function*(options: {
   // that leaves room for one beat that gets no answer, and another one.
   const margin = Math.max(options.lease / 6, Math.min(options.beat, options.lease * 2 / 3 - options.beat))
   const patience = options.lease / 6
-  const ownSession = options.database.connect !== undefined
   const kick = Latch.makeUnsafe(false)
   const episode = Episode.make("the heartbeat")
   const contact = Contact.make()
@@ -218,8 +217,9 @@ export const make = Effect.fnUntraced(function*(options: {
         Effect.tapError((cause) => {
           doubted = now()
           const failures = cause.reasons.filter(Cause.isFailReason).map(({ error }) => error)
-          // Over a session that is nobody else's, silence of the server is no doing of a job, unless one kept the event loop.
-          const silent = ownSession && thawedAt <= lastBeat &&
+          // From the server itself silence is no doing of a job, unless one kept the event loop. Everything in between lends
+          // sessions, of which jobs can hold all.
+          const silent = options.database.direct && thawedAt <= lastBeat &&
             failures.some((error) => error instanceof Bounded.TimedOut)
           if (silent || failures.some(Database.isConnectionLoss)) unreachable = doubted
           return episode.failed(cause)

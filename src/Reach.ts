@@ -14,8 +14,8 @@ import type * as Scope from "effect/Scope"
 import type { SqlError } from "effect/sql/SqlError"
 import * as Bounded from "./Bounded.ts"
 import * as Database from "./Database.ts"
+import * as Endpoint from "./Endpoint.ts"
 import * as Store from "./Store.ts"
-import * as Way from "./Way.ts"
 
 /** A setting that no server, role or pooler has: whoever finds its value has the session that it was sent for. */
 const marker = "effect_pgqueue.session"
@@ -66,27 +66,27 @@ export const isUrl = (url: unknown): boolean =>
 const open = Effect.fnUntraced(function*(
   config: PgClient.PgClientConfig
 ): Effect.fn.Return<
-  { readonly session: PgConnection.PgConnection; readonly way: Way.Way },
+  { readonly session: PgConnection.PgConnection; readonly endpoint: Endpoint.Endpoint },
   SqlError,
   Scope.Scope
 > {
-  const settled = Way.settled(config)
-  const pooled = Way.pooled(config)
+  const direct = Endpoint.direct(config)
+  const pooled = Endpoint.pooled(config)
   const mark = SecureRandom.uuidV4Unsafe()
-  const startupParameters = { ...settled.config.startupParameters, [marker]: mark }
-  const marked = PgConnection.make({ ...settled.config, prepare: false, startupParameters })
+  const startupParameters = { ...direct.config.startupParameters, [marker]: mark }
+  const marked = PgConnection.make({ ...direct.config, prepare: false, startupParameters })
   return yield* Effect.flatMap(
     marked,
     (session) =>
       Effect.map(session.query(Store.givenText, [marker]), ({ rows }) => ({
         session,
         // Somebody in between may also drop them without a word.
-        way: rows[0]?.["given"] === mark ? settled : pooled
+        endpoint: rows[0]?.["given"] === mark ? direct : pooled
       }))
   ).pipe(
     Effect.catchIf(
       isRefusal,
-      () => Effect.map(PgConnection.make(pooled.config), (session) => ({ session, way: pooled }))
+      () => Effect.map(PgConnection.make(pooled.config), (session) => ({ session, endpoint: pooled }))
     )
   )
 })
@@ -122,28 +122,28 @@ const hears = Effect.fnUntraced(function*(
 export const find = (
   client: PgClient.PgClient,
   direct: Redacted.Redacted | undefined
-): Effect.Effect<Way.Reach, SqlError> =>
+): Effect.Effect<Endpoint.Reach, SqlError> =>
   Bounded.scoped(Effect.gen(function*() {
     const there = direct === undefined ? client.config : at(client.config, direct)
     const [speaker, listener] = yield* Effect.all([open(client.config), open(there)], { concurrency: 2 })
-    const listens = yield* hears(speaker.session, listener.session, listener.way.settled ? tries : 1).pipe(
+    const listens = yield* hears(speaker.session, listener.session, listener.endpoint.keepsSettings ? tries : 1).pipe(
       Effect.catchIf((error) => isUndecided(error) || !Database.isConnectionLoss(error), (error) =>
         // Nobody asks again: as it would be without a pooler.
-        Effect.succeed(isUndecided(error) && speaker.way.settled && listener.way.settled))
+        Effect.succeed(isUndecided(error) && speaker.endpoint.keepsSettings && listener.endpoint.keepsSettings))
     )
-    if (!listens) yield* Effect.logWarning(`effect-pgqueue: ${deafness(speaker.way, direct !== undefined)}`)
+    if (!listens) yield* Effect.logWarning(`effect-pgqueue: ${deafness(speaker.endpoint, direct !== undefined)}`)
     // An address that does not hear the client's announcements may be that of another database.
-    return { pools: speaker.way, sessions: listens ? listener.way : speaker.way, listens }
+    return { pools: speaker.endpoint, sessions: listens ? listener.endpoint : speaker.endpoint, listens }
   })).pipe(Database.answeredWithin(bound))
 
 /** Why nothing is heard, and what to do. */
-const deafness = (way: Way.Way, direct: boolean): string => {
+const deafness = (endpoint: Endpoint.Endpoint, direct: boolean): string => {
   const so = "jobs are found by polling"
-  const planned = way.settled ? "" : ", and statements are planned each time"
+  const planned = endpoint.keepsSettings ? "" : ", and statements are planned each time"
   if (direct) {
     return `LISTEN at directUrl does not hear what the client announces: ${so}${planned}. Is it the address of the same database, and of the server itself?`
   }
-  return way.settled
+  return endpoint.keepsSettings
     ? `LISTEN hears nothing over the client's connections: ${so}. Something between them and the server loses notifications; give JobQueue.layer the server's own address as directUrl`
     : `the client goes through a transaction pooler, where settings of a session and LISTEN have no effect: ${so}${planned}. Give JobQueue.layer the server's own address as directUrl to hear of jobs at once`
 }

@@ -146,7 +146,7 @@ export const make = (db: Database.Database, schema: string) => {
         Effect.asVoid(
           // Their last look is safe only with the settings of the queue's own sessions. `insert`, which brings its own,
           // takes a replay as it is.
-          !db.settled
+          !db.keepsSettings
             ? often(insertion.insert, Insertion.columnsOf(jobs))
             : jobs.length === 1
             ? often(insertion.insertNewOne, Insertion.oneColumnsOf(jobs[0]!, channel, notification))

@@ -147,7 +147,7 @@ export const make = Effect.fnUntraced(function*(db: Database.Database, schema: s
 
   const withInsert = (queue: string, delay: number): Announcement | undefined => {
     const at = now()
-    if (!db.settled || delay > horizon || at < apartUntil || at < quietSince + lull) return undefined
+    if (!db.keepsSettings || delay > horizon || at < apartUntil || at < quietSince + lull) return undefined
     // A round is about to go, and this one goes with it.
     if (dirty.size > 0) return undefined
     // Who is here is told sooner by a mark than by any NOTIFY.
@@ -198,7 +198,7 @@ export const make = Effect.fnUntraced(function*(db: Database.Database, schema: s
   if (connect !== undefined) {
     // Nothing is lost with this session, so it commits without waiting for the disk.
     const open = connect({ synchronous_commit: "off" })
-    const notifyText = db.settled ? Store.notifyText : Store.notifyLazilyText
+    const notifyText = db.keepsSettings ? Store.notifyText : Store.notifyLazilyText
     const notifier = (succeeded: Effect.Effect<void>) =>
       Bounded.scoped(Effect.gen(function*() {
         // Before there is anything to say: what is said first must not wait for a connection.

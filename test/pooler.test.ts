@@ -192,12 +192,16 @@ describe("a client that reaches the server itself", () => {
         const begun = yield* now
         const reach = yield* Reach.find(client, undefined)
         took.push((yield* now) - begun)
-        assert.deepStrictEqual([reach.pools.settled, reach.sessions.settled, reach.listens], [true, true, true])
+        assert.deepStrictEqual([reach.pools.keepsSettings, reach.sessions.keepsSettings, reach.listens], [
+          true,
+          true,
+          true
+        ])
       }
       assert.isBelow(quantile(took, 0.5), 200, took.map(Math.round).join(" "))
       const { queue, warnings } = yield* queueAt(url)
       assert.strictEqual(queue.mode, "listen")
-      assert.isTrue(queue.internal.database.settled)
+      assert.isTrue(queue.internal.database.keepsSettings)
       assert.deepStrictEqual(warnings, [])
     })), 60_000)
 })

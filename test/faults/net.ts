@@ -2,7 +2,7 @@
 import { Effect, type Scope } from "effect"
 import { connect, createServer, type Socket } from "node:net"
 import { listenBetween } from "../support/between.ts"
-import { readRequests, type Request } from "../support/wire.ts"
+import { endsAnswer, readRequests, type Request } from "../support/wire.ts"
 
 /** Which sessions: those of a process, those that have sent a text (a prepared statement is sent once), or all. */
 export interface Which {
@@ -72,9 +72,6 @@ const nameOf = (chunk: Buffer, text: string): string =>
   chunk.length >= 8 && chunk.readInt32BE(4) === 80_877_102
     ? cancelRequest
     : /application_name\0([^\0]*)\0/.exec(text)?.[1] ?? ""
-
-/** ReadyForQuery ends an answer, also within a transaction. */
-const endsAnswer = (chunk: Buffer) => chunk.at(-6) === 0x5a && "ITE".includes(String.fromCharCode(chunk.at(-1)!))
 
 type Way = "requests" | "answers"
 

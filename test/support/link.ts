@@ -2,7 +2,7 @@
 import { Effect } from "effect"
 import { connect, createServer, type Socket } from "node:net"
 import { listenBetween } from "./between.ts"
-import { endsAnswer, readRequests } from "./wire.ts"
+import { endsTransaction, readRequests } from "./wire.ts"
 
 /** The way of a request and its answer, and how far they come. */
 export interface Strike {
@@ -126,7 +126,7 @@ export const makeLink = Effect.fnUntraced(function*(target: string) {
       if (session.dead) return
       if (session.struck) {
         answer = Buffer.concat([answer, chunk])
-        if (!endsAnswer(chunk)) return
+        if (!endsTransaction(chunk)) return
         const whole = answer
         answer = Buffer.alloc(0)
         session.struck = false

@@ -2,7 +2,7 @@
 import { Effect } from "effect"
 import { connect, createServer, type Socket } from "node:net"
 import { listenBetween } from "./between.ts"
-import { endsAnswer } from "./wire.ts"
+import { endsTransaction } from "./wire.ts"
 
 /** A running proxy. */
 export interface Proxy {
@@ -55,7 +55,7 @@ export const makeProxy = Effect.fnUntraced(function*(target: string) {
     })
     upstream.on("data", (chunk) => {
       if (!losing) client.write(chunk)
-      else if (endsAnswer(chunk)) {
+      else if (endsTransaction(chunk)) {
         lost++
         client.resetAndDestroy()
       }

@@ -52,5 +52,11 @@ export const readRequests = (): (chunk: Buffer) => ReadonlyArray<Request> => {
   }
 }
 
-/** ReadyForQuery ends an answer: by now the server has committed, or rolled back. */
-export const endsAnswer = (chunk: Buffer) => chunk.at(-6) === 0x5a && chunk.at(-1) === 0x49
+/** The state that ReadyForQuery tells at the end of an answer. */
+const stateOf = (chunk: Buffer) => chunk.at(-6) === 0x5a ? String.fromCharCode(chunk.at(-1)!) : ""
+
+/** An answer ends, also within a transaction. */
+export const endsAnswer = (chunk: Buffer) => /[ITE]/.test(stateOf(chunk))
+
+/** An answer ends, and no transaction is open: by now the server has committed, or rolled back. */
+export const endsTransaction = (chunk: Buffer) => stateOf(chunk) === "I"

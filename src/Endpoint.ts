@@ -8,11 +8,11 @@ import type * as PgConnection from "@effect/sql-pg/PgConnection"
 import * as Predicate from "effect/Predicate"
 import type * as SqlClient from "effect/sql/SqlClient"
 
-/** A way to the server. */
-export interface Way {
+/** An address of the server, and what its sessions can be relied on for. */
+export interface Endpoint {
   readonly config: PgConnection.Config
   /** Whether its sessions have the settings that they are opened with, and keep what was prepared in them. */
-  readonly settled: boolean
+  readonly keepsSettings: boolean
 }
 
 /**
@@ -20,9 +20,9 @@ export interface Way {
  */
 export interface Reach {
   /** For the pools. */
-  readonly pools: Way
+  readonly pools: Endpoint
   /** For the sessions that listen, notify and beat. */
-  readonly sessions: Way
+  readonly sessions: Endpoint
   /** Whether what is announced over the former is heard over the latter. */
   readonly listens: boolean
 }
@@ -46,10 +46,10 @@ const bareConfig = (config: PgClient.PgClientConfig) =>
   }) satisfies PgConnection.Config
 
 /**
- * The way of the queue's own sessions, with the settings of the application's client: to the server itself.
+ * The server itself, for the queue's own sessions, with the settings of the application's client.
  */
-export const settled = (config: PgClient.PgClientConfig): Way => ({
-  settled: true,
+export const direct = (config: PgClient.PgClientConfig): Endpoint => ({
+  keepsSettings: true,
   config: {
     ...bareConfig(config),
     startupParameters: {
@@ -81,7 +81,7 @@ export const settled = (config: PgClient.PgClientConfig): Way => ({
 /**
  * The same through a pooler, where each transaction may have another session: nothing is set in one, and nothing prepared.
  */
-export const pooled = (config: PgClient.PgClientConfig): Way => ({
-  settled: false,
+export const pooled = (config: PgClient.PgClientConfig): Endpoint => ({
+  keepsSettings: false,
   config: { ...bareConfig(config), prepare: false }
 })
