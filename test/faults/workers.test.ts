@@ -465,13 +465,13 @@ scenarios("workers", (scenario) => {
       Effect.gen(function*() {
         let { workers } = yield* stage.fleet()
         const deaths: Array<Death> = []
-        for (let round = 0; round < (full ? 10 : 1); round++) {
+        for (let round = 0; round < (full ? 4 : 1); round++) {
           const killed = yield* Effect.forEach(workers, (actor) => kill(stage, actor), { concurrency: "unbounded" })
           yield* Effect.sleep(3000)
+          workers = yield* Effect.forEach(workers, ({ name }) => stage.worker(name), { concurrency: 2 })
           // What counts is the time from when somebody is there again.
           const at = yield* clock(stage)
           deaths.push(...killed.map(({ boot }) => ({ boot, at })))
-          workers = yield* Effect.forEach(workers, ({ name }) => stage.worker(name), { concurrency: 2 })
           const boots = killed.map(({ boot }) => boot)
           yield* until(
             "the dead hold nothing",
