@@ -5,6 +5,7 @@
  * npm run faults                      # everything once
  * npm run faults -- D4 "C6"           # some, by name
  * npm run faults -- --repeat 5        # everything five times
+ * npm run faults -- D4 --write        # one again, in the place of what it measured before
  * ```
  */
 import { spawnSync } from "node:child_process"
@@ -21,7 +22,7 @@ interface Result {
 
 const { positionals: ids, values } = parseArgs({
   allowPositionals: true,
-  options: { repeat: { type: "string", default: "1" } }
+  options: { repeat: { type: "string", default: "1" }, write: { type: "boolean", default: false } }
 })
 const home = join(import.meta.dirname, "..", "..")
 const results: Array<ReadonlyArray<Result>> = []
@@ -75,11 +76,11 @@ const rows = names.map((name) => {
     figuresOf(rounds)
   } |`
 })
+const today = new Date().toISOString().slice(0, 10)
+const times = results.length === 1 ? "once" : `${results.length} times`
 const minutes = Math.round((performance.now() - begun) / 60_000)
 const report = [
-  `The last run: ${new Date().toISOString().slice(0, 10)}, ${
-    results.length === 1 ? "once" : `${results.length} times`
-  }, ${minutes} minutes, on ${cpus().length} cores. Numbers without a unit are milliseconds, and the largest of all runs.`,
+  `The last run: ${today}, ${times}, ${minutes} minutes, on ${cpus().length} cores. Numbers without a unit are milliseconds, and the largest of all runs.`,
   "",
   "| | what happens | passed | measured |",
   "| - | - | - | - |",
@@ -87,15 +88,19 @@ const report = [
 ].join("\n")
 process.stdout.write(`\n${report}\n`)
 
-// Some scenarios are no report.
-if (ids.length === 0) {
+// Some scenarios are no report: at most they have a place in the last one.
+if (ids.length === 0 || values.write) {
   const page = join(home, "docs", "faults.md")
   const text = readFileSync(page, "utf8")
+  const keyOf = (row: string) => row.split("|").slice(1, 3).map((cell) => cell.trim()).join(" ")
+  const replaced = new Map(rows.map((row) => [keyOf(row), row.replace(/( of \d+) \|/, `$1, ${today} |`)]))
   writeFileSync(
     page,
-    text.replace(
-      /(<!-- results -->\n)[\s\S]*(\n<!-- \/results -->)/,
-      (_, before, after) => `${before}\n${report}\n${after}`
-    )
+    ids.length > 0
+      ? text.replaceAll(/^\|.*\|$/gm, (row) => replaced.get(keyOf(row)) ?? row)
+      : text.replace(
+        /(<!-- results -->\n)[\s\S]*(\n<!-- \/results -->)/,
+        (_, before, after) => `${before}\n${report}\n${after}`
+      )
   )
 }
