@@ -38,6 +38,7 @@ import {
   withPolling,
   withQueue
 } from "./support/queue.ts"
+import { statements } from "./support/wire.ts"
 
 class Tick extends Job.make("tick") {}
 class Report extends Job.make("report", {
@@ -427,7 +428,7 @@ describe("a scheduler", () => {
       yield* scheduling([everySecond("s0")])
       yield* untilTicks("s0", 1)
       const frozen = yield* Deferred.make<void>()
-      link.strike({ text: "moved as (", at: "sent", nth: 2 }, () => Deferred.doneUnsafe(frozen, Effect.void))
+      link.strike({ text: statements.tick, at: "sent", nth: 2 }, () => Deferred.doneUnsafe(frozen, Effect.void))
       yield* scheduling([], { pollInterval: 10 }, Layer.provide(pollingQueueLayer(), through) as never)
       yield* Deferred.await(frozen)
       // A tick waits for the server to end that transaction at worst, and is the late one of these.

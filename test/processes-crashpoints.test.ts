@@ -18,14 +18,14 @@ import {
   watchEnds,
   withQueue
 } from "./support/queue.ts"
+import { statements } from "./support/wire.ts"
 
 const timing = { heartbeat: 300, lease: 2000, rescueInterval: 500 }
 const total = 60
 const rounds = process.env["LONG"] === undefined ? 1 : 50
 
 /** By what the requests of a worker are known on a link. */
-const claim = "array_agg(id) from picked"
-const settle = "as i(lease, id, "
+const { claim, settle } = statements
 const beat = "beat_at = clock_timestamp() where id = $1"
 const ledger = "insert into public.ledger"
 

@@ -21,6 +21,7 @@ import {
   watchEnds,
   withQueue
 } from "./support/queue.ts"
+import { statements } from "./support/wire.ts"
 
 const lease = 2000
 const sweep = 500
@@ -105,7 +106,7 @@ describe("settlements that wait in a process that is killed", () => {
       // They were asked for and could not be had.
       yield* untilValue(
         `select count(*) > 0 from pg_stat_activity where application_name = 'victim' and datname = current_database()
-           and query like '%as i(lease, id, %'`,
+           and query like '%${statements.settle}%'`,
         true
       )
       yield* kill(victim)
@@ -127,7 +128,7 @@ describe("settlements that wait in a process that is killed", () => {
       const url = yield* databaseUrl
       yield* watchEnds
       const link = yield* makeLink(url)
-      link.holdAnswersTo("as i(lease, id, ")
+      link.holdAnswersTo(statements.settle)
       const { victim } = yield* startVictim(link.url, 40, (n) => 10 * n)
       yield* untilValue("select count(*)::int from ledger where phase = 'end'", 40)
       const made = yield* value("select count(*)::int from pgqueue.finished")

@@ -10,6 +10,7 @@ import { join } from "node:path"
 import { Admin, type Job } from "../../src/index.ts"
 import { Count, Step } from "../programs/jobs.ts"
 import { now, quantile, until } from "../support/queue.ts"
+import { statements } from "../support/wire.ts"
 import { full } from "./form.ts"
 import { cpuDuring, queueAt, timed, waits } from "./inside.ts"
 import { cancelRequest, makeNet } from "./net.ts"
@@ -19,8 +20,7 @@ import { rescuedWithin, type Stage, timing, Victim } from "./stage.ts"
 /** The default of a worker that can LISTEN, in milliseconds. */
 const poll = 5000
 
-const insert = `insert into "pgqueue".job (`
-const settle = "as i(lease, id, "
+const { enqueue: insert, settle } = statements
 
 const largest = (all: ReadonlyArray<number>) => all.reduce((a, b) => Math.max(a, b), 0)
 

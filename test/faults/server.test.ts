@@ -23,6 +23,7 @@ import { ownServer } from "../support/database.ts"
 import type { EmbeddedPostgres } from "../support/embedded.ts"
 import { serverProcesses } from "../support/processes.ts"
 import { now, until } from "../support/queue.ts"
+import { statements } from "../support/wire.ts"
 import { full } from "./form.ts"
 import { signalServer } from "./inside.ts"
 import type { Cut } from "./net.ts"
@@ -384,12 +385,12 @@ scenarios("the server, of many kinds", (scenario) => {
   > = [
     ["an enqueue", { text: "refuse_", process: "producer" }],
     ["an enqueue in a transaction", { text: /^COMMIT$/, process: "producer" }],
-    ["a claim", { text: "array_agg(id) from picked", process: "worker" }],
-    ["a completion", { text: "as i(lease, id, result, ran, age", process: "worker" }],
-    ["a failure", { text: "as i(lease, id, ", param: "failed", process: "worker" }],
+    ["a claim", { text: statements.claim, process: "worker" }],
+    ["a completion", { text: statements.complete, process: "worker" }],
+    ["a failure", { text: statements.settle, param: "failed", process: "worker" }],
     ["the end of a transactional handler", { text: /^COMMIT$/, process: "worker" }],
     ["a rescue", { text: "'Lost'", process: "worker" }],
-    ["a tick", { text: "moved as (", process: "scheduler" }]
+    ["a tick", { text: statements.tick, process: "scheduler" }]
   ]
   scenario("D19", "sessions end exactly at a COMMIT", { short: true, minutes: 15 }, (stage) =>
     Effect.gen(function*() {

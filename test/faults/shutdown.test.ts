@@ -6,12 +6,13 @@ import { Pay } from "../programs/actor.ts"
 import { Count, Step } from "../programs/jobs.ts"
 import type { EmbeddedPostgres } from "../support/embedded.ts"
 import { now, until } from "../support/queue.ts"
+import { statements } from "../support/wire.ts"
 import { full, limit } from "./form.ts"
 import { idsOf, signalServer } from "./inside.ts"
 import { scenarios } from "./scenario.ts"
 import { type Actor, rescuedWithin, type Stage, timing } from "./stage.ts"
 
-const claiming = "array_agg(id) from picked"
+const { claim: claiming } = statements
 const hour = 3_600_000
 
 const startedBy = (stage: Stage, actor: Actor) =>

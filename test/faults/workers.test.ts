@@ -19,6 +19,7 @@ import {
   stateOf,
   Storage
 } from "../support/storage.ts"
+import { statements } from "../support/wire.ts"
 import { full, limit } from "./form.ts"
 import { idsOf } from "./inside.ts"
 import type { Cut } from "./net.ts"
@@ -26,8 +27,7 @@ import { scenarios } from "./scenario.ts"
 import { type Actor, rescuedWithin, type Stage, timing } from "./stage.ts"
 
 /** By what requests are known. */
-const claiming = "array_agg(id) from picked"
-const settling = "as i(lease, id, "
+const { claim: claiming, settle: settling } = statements
 const beating = "beat_at = clock_timestamp() where id"
 const reaping = "delete from \"pgqueue\".worker where id = any"
 const rescuing = "for update of l skip locked"

@@ -60,3 +60,13 @@ export const endsAnswer = (chunk: Buffer) => /[ITE]/.test(stateOf(chunk))
 
 /** An answer ends, and no transaction is open: by now the server has committed, or rolled back. */
 export const endsTransaction = (chunk: Buffer) => stateOf(chunk) === "I"
+
+/** What the queue's statements are known by, wherever a test waits for one, cuts it or counts it. */
+export const statements = {
+  enqueue: `insert into "pgqueue".job (`,
+  claim: "array_agg(id) from picked",
+  settle: "as i(lease, id, ",
+  /** The short form, where everything has completed. */
+  complete: "as i(lease, id, result, ran, age",
+  tick: "moved as ("
+}
