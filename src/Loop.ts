@@ -8,6 +8,7 @@ import * as Clock from "effect/Clock"
 import type * as Context from "effect/Context"
 import * as Deferred from "effect/Deferred"
 import * as Effect from "effect/Effect"
+import * as Exit from "effect/Exit"
 import * as Latch from "effect/Latch"
 import * as Schedule from "effect/Schedule"
 import { isSqlError, type SqlError } from "effect/sql/SqlError"
@@ -37,7 +38,7 @@ import * as Wakeup from "./Wakeup.ts"
  */
 export interface Loop {
   /** Stops as promised, inside the grace period and 5 s. */
-  readonly drain: Effect.Effect<void>
+  readonly drain: (exit: Exit.Exit<unknown, unknown>) => Effect.Effect<void>
   /** Waits until nothing is due and nothing runs. */
   readonly idle: Effect.Effect<void, SqlError>
   readonly counts: () => { readonly completed: number; readonly failed: number }
@@ -498,8 +499,10 @@ export const start = Effect.fnUntraced(function*(options: {
   })
 
   const sayEnded = stop.begin()
-  const drain = Effect.gen(function*() {
+  const drain = Effect.fnUntraced(function*(exit: Exit.Exit<unknown, unknown>) {
     stopping = true
+    // What fails takes the whole program with it, as a rule.
+    if (Exit.isFailure(exit) && !Cause.hasInterruptsOnly(exit.cause)) stop.end()
     // A handler may have told the worker to stop: first let it come to where it waits, and its fork return.
     yield* Effect.yieldNow
     const begun = now()
@@ -522,7 +525,7 @@ export const start = Effect.fnUntraced(function*(options: {
       const goodbye = Effect.andThen(store.releaseAll(liveness.id()), store.unregister(liveness.id()))
       yield* Effect.ignoreCause(Bounded.bounded(goodbye, Math.min(1000, left())))
     }
-    sayEnded(runs.size > 0)
+    sayEnded([...runs].flatMap(({ fiber }) => fiber ?? []))
   })
 
   const loop: Loop = {

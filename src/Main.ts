@@ -7,6 +7,7 @@ import * as Cause from "effect/Cause"
 import * as Context from "effect/Context"
 import * as Effect from "effect/Effect"
 import * as Exit from "effect/Exit"
+import type * as Fiber from "effect/Fiber"
 import * as Latch from "effect/Latch"
 import * as Runtime from "effect/Runtime"
 
@@ -16,26 +17,40 @@ import * as Runtime from "effect/Runtime"
 export interface Stop {
   /** Open when nothing is to be waited for any more. */
   readonly urgent: Latch.Latch
-  /** Open when all workers have ended, one of them with a handler that did not stop. */
+  /** Open when the program is to end, all workers have ended, and handlers of theirs have not stopped. */
   readonly stuck: Latch.Latch
-  /** A worker begins. The returned function is for its end, and for whether a handler did not stop. */
-  readonly begin: () => (stuck: boolean) => void
+  /** Whether handlers of workers that have ended have still not stopped. */
+  readonly isStuck: () => boolean
+  /** The program is to end. A worker alone may end, and whatever else there is goes on. */
+  readonly end: () => void
+  /** A worker begins. The returned function is for its end, and the handlers that have not stopped. */
+  readonly begin: () => (left: ReadonlyArray<Fiber.Fiber<unknown, unknown>>) => void
 }
 
 const make = (): Stop => {
   const stuck = Latch.makeUnsafe(false)
   let working = 0
-  let anyStuck = false
+  let handlers = 0
+  let ending = false
+  const check = () => {
+    // Workers that have not ended have a grace period of their own.
+    if (ending && working === 0 && handlers > 0) stuck.openUnsafe()
+  }
   return {
     urgent: Latch.makeUnsafe(false),
     stuck,
+    isStuck: () => handlers > 0,
+    end: () => {
+      ending = true
+      check()
+    },
     begin: () => {
       working++
-      return (isStuck) => {
+      return (left) => {
         working--
-        anyStuck ||= isStuck
-        // The others have a grace period of their own.
-        if (working === 0 && anyStuck) stuck.openUnsafe()
+        handlers += left.length
+        for (const handler of left) handler.addObserver(() => handlers--)
+        check()
       }
     }
   }
@@ -76,9 +91,9 @@ export const teardown: Runtime.Teardown = (exit, onExit) =>
  * The exit code is 0 when it was told to stop and did, and 1 when it failed or a handler did not stop. With a `teardown` of
  * your own it is what that says.
  *
- * When a handler did not stop, the process ends one second after its last worker has, whatever the reason: such a handler
- * may hold a connection, its COMMIT on a dead link for one, and a pool waits for that without end. A `teardown` of your own
- * is given a defect then.
+ * When the program was told to stop, or has failed, and a handler did not stop, the process ends one second after its last
+ * worker has: such a handler may hold a connection, its COMMIT on a dead link for one, and a pool waits for that without end.
+ * A `teardown` of your own is given a defect then.
  *
  * **Example** (A process that can be hurried)
  *
@@ -111,12 +126,12 @@ export const runMain = <A, E>(
   }
 ): void => {
   const stop = make()
-  let stuck = false
-  const chooseCode = options?.teardown ?? ((exit, onExit) => teardown(exit, (code) => onExit(stuck ? 1 : code)))
+  const chooseCode = options?.teardown ??
+    ((exit, onExit) => teardown(exit, (code) => onExit(stop.isStuck() ? 1 : code)))
   const watchdog = Effect.gen(function*() {
     yield* stop.stuck.await
-    stuck = true
     yield* Effect.sleep(patience)
+    if (!stop.isStuck()) return
     chooseCode(Exit.die(new Error("effect-pgqueue: a handler did not stop")), (code) => process.exit(code))
   })
   const run = Runtime.makeRunMain(({ fiber, teardown }) => {
@@ -127,8 +142,10 @@ export const runMain = <A, E>(
       if (at - last < together) return
       last = at
       signals++
-      if (signals === 1) fiber.interruptUnsafe(fiber.id)
-      else if (signals === 2) stop.urgent.openUnsafe()
+      if (signals === 1) {
+        stop.end()
+        fiber.interruptUnsafe(fiber.id)
+      } else if (signals === 2) stop.urgent.openUnsafe()
       else process.exit(130)
     }
     process.on("SIGINT", onSignal)

@@ -152,14 +152,22 @@ describe("SIGTERM", () => {
 })
 
 describe("a process with two workers, of which one has a handler that does not stop", () => {
-  for (const fails of [false, true]) {
-    it.live(`ends ${fails ? "by itself" : "on a signal"}, and gives the other one its grace period`, () =>
+  const rows: ReadonlyArray<readonly [what: string, does: StubbornProgram["does"]]> = [
+    ["ends on a signal, and gives the other one its grace period", "waits"],
+    ["ends when it fails, and gives the other one its grace period", "fails"],
+    ["goes on when that worker alone is stopped, and ends on a signal", "goes on"]
+  ]
+  for (const [what, does] of rows) {
+    it.live(what, () =>
       withQueue(Effect.gen(function*() {
         yield* Stubborn.enqueue()
         yield* Patient.enqueue()
-        const program: StubbornProgram = { url: yield* databaseUrl, fails }
+        const program: StubbornProgram = { url: yield* databaseUrl, does }
         const actor = yield* startProgram("stubborn.ts", program)
-        if (!fails) yield* actor.kill("SIGTERM")
+        if (does === "goes on") {
+          yield* until("it goes on", Effect.sync(() => /it has gone on/.test(actor.output())), { within: 20_000 })
+        }
+        if (does !== "fails") yield* actor.kill("SIGTERM")
         const { code } = yield* Effect.timeoutOrElse(actor.ended, {
           duration: "20 seconds",
           orElse: () => Effect.die(new Error(`it still runs:\n${actor.output()}`))

@@ -16,14 +16,17 @@ export class Patient extends Job.make("patient", { queue: "second" }) {}
 /** What the test may say of the process. */
 export interface StubbornProgram {
   readonly url: string
-  /** Fails as soon as both run, instead of waiting for a signal. */
-  readonly fails?: boolean
+  /**
+   * Once both run it waits for a signal (`waits`), fails, or lets go of the first worker alone, goes on for longer than any
+   * patience, says so, and waits for a signal (`goes on`).
+   */
+  readonly does: "waits" | "fails" | "goes on"
 }
 
 if (process.argv[1]?.endsWith("stubborn.ts") === true) {
   process.on("disconnect", () => process.kill(process.pid, "SIGKILL"))
   // Sound: the test writes it from the same type.
-  const { fails = false, url } = JSON.parse(process.argv[2]!) as StubbornProgram
+  const { does, url } = JSON.parse(process.argv[2]!) as StubbornProgram
   const QueueLive = JobQueue.layer().pipe(Layer.provideMerge(PgClient.layer({ url: Redacted.make(url) })))
   let begun = 0
   const begins = Effect.sync(() => {
@@ -44,17 +47,21 @@ if (process.argv[1]?.endsWith("stubborn.ts") === true) {
     )
   )
   const PatientHandler = Patient.toLayer(() => Effect.andThen(begins, Effect.sleep(4000)))
-  const WorkersLive = Layer.mergeAll(
-    Worker.layer({ jobs: [Stubborn], gracePeriod: 0 }).pipe(Layer.provide(StubbornHandler)),
-    Worker.layer({ jobs: [Patient], gracePeriod: "20 seconds" }).pipe(Layer.provide(PatientHandler))
-  ).pipe(Layer.provide(QueueLive))
+  const StubbornLive = Worker.layer({ jobs: [Stubborn], gracePeriod: 0 }).pipe(Layer.provide(StubbornHandler))
+  const PatientLive = Worker.layer({ jobs: [Patient], gracePeriod: "20 seconds" }).pipe(Layer.provide(PatientHandler))
   const bothRun = Effect.gen(function*() {
     while (begun < 2) yield* Effect.sleep(10)
-  })
-  const Program = Effect.gen(function*() {
-    yield* bothRun
     ready()
-    return yield* fails ? Effect.fail("enough") : Effect.never
   })
-  Worker.runMain(Effect.provide(Program, WorkersLive), { disableErrorReporting: true })
+  const Program = {
+    waits: Effect.andThen(bothRun, Effect.never).pipe(Effect.provide(Layer.merge(StubbornLive, PatientLive))),
+    fails: Effect.andThen(bothRun, Effect.fail("enough")).pipe(Effect.provide(Layer.merge(StubbornLive, PatientLive))),
+    "goes on": Effect.gen(function*() {
+      yield* bothRun.pipe(Effect.provide(StubbornLive))
+      yield* Effect.sleep(3000)
+      process.stdout.write("it has gone on")
+      return yield* Effect.never
+    }).pipe(Effect.provide(PatientLive))
+  }[does]
+  Worker.runMain(Effect.provide(Program, QueueLive), { disableErrorReporting: true })
 }
