@@ -342,7 +342,8 @@ const listenOnce = (options: {
     const notifications = yield* session.listen(options.channel)
     yield* options.onReady
     const probe = Bounded.bounded(session.query(Store.probeText), 5000).pipe(
-      Effect.andThen(Effect.sleep("10 seconds")),
+      // With the wait for an answer a link that is cut is noticed within 15 s.
+      Effect.andThen(Effect.sleep("9 seconds")),
       Effect.forever
     )
     const take = Effect.forever(Effect.map(Queue.takeAll(notifications), (all) => {
