@@ -339,7 +339,7 @@ scenarios("the server, of many kinds", (scenario) => {
       // Once the last beat that was answered is too old nothing starts, of which more than enough has been claimed.
       const late = `select count(*)::int from ledger where phase = 'start'
         and at > (select max(begun_at) from fault) + interval '${timing.lease - timing.heartbeat + 250} milliseconds'`
-      yield* stage.here(Step.enqueueAll(Array.from({ length: 300 }, () => ({ millis: 1900 }))))
+      yield* stage.here(Step.enqueueAll(Array.from({ length: 170 }, () => ({ millis: 900 }))))
       yield* stage.during(
         "frozen",
         Effect.acquireUseRelease(
