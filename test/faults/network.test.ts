@@ -38,7 +38,7 @@ scenarios("the network", (scenario) => {
   scenario("E1", "every session is reset at random", {}, (stage) =>
     Effect.gen(function*() {
       const cast = yield* stage.fleet()
-      const rounds = full ? 25 : 3
+      const rounds = full ? 15 : 3
       yield* stage.during(
         "resets",
         Effect.gen(function*() {

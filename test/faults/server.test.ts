@@ -165,7 +165,7 @@ scenarios("the server", (scenario) => {
   // Nothing happens after the first ten seconds that does not happen all the time: the longest pause between tries is 1 s.
   scenario("D6", "the server is down for long", { minutes: 5 }, (stage) =>
     Effect.gen(function*() {
-      const away = 90_000
+      const away = 60_000
       const { producers, schedulers, workers } = yield* stage.fleet()
       const all = [...producers, ...schedulers, ...workers]
       const lines = ({ output }: Actor) => output().split("\n").filter((line) => line.startsWith("[")).length
@@ -439,7 +439,7 @@ scenarios("the server, of many kinds", (scenario) => {
             ),
             () => Effect.orDie(stage.rows("drop trigger full_up on pgqueue.finished"))
           )
-          for (let n = 0; n < (full ? 150 : 50); n++) {
+          for (let n = 0; n < (full ? 75 : 50); n++) {
             most = Math.max(
               most,
               yield* stage.value("select coalesce(sum(cardinality(ids)), 0)::int from pgqueue.lease")
