@@ -1,17 +1,22 @@
-/** Half an hour of mixed load, in which everything happens to everybody; `npm run faults:soak`. A minute of it with the others. */
+/** Half an hour of mixed load, in which everything happens to everybody; `npm run faults:soak`. */
 import { assert } from "@effect/vitest"
-import { Effect, Fiber, Random } from "effect"
+import { Clock, Effect, Fiber, Random } from "effect"
 import { now, until } from "../support/queue.ts"
 import { scenarios } from "./scenario.ts"
 import type { Actor } from "./stage.ts"
 
-const minutes = process.env["FAULTS"] === "soak" ? 30 : 1
+const minutes = 30
 /** How long processes may grow before they are measured, in milliseconds. */
-const warmUp = minutes * 60_000 / 5
+const warmUp = 6 * 60_000
 
 const any = <A>(from: ReadonlyArray<A>): A => from[Math.floor(Math.random() * from.length)]!
 
-/** Kilobytes a millisecond that a straight line through the samples rises. */
+/** What a process has said of its memory, in bytes. */
+const memoryOf = (actor: Actor, from: number) =>
+  [...actor.output().matchAll(/^memory (\d+) (\d+)$/gm)].map(([, at, size]) => [Number(at), Number(size)] as const)
+    .filter(([at]) => at >= from)
+
+/** How many a millisecond a straight line through the samples rises. */
 const slopeOf = (samples: ReadonlyArray<readonly [at: number, size: number]>): number => {
   const mean = (values: ReadonlyArray<number>) => values.reduce((sum, value) => sum + value, 0) / values.length
   const [at, size] = [mean(samples.map(([at]) => at)), mean(samples.map(([, size]) => size))]
@@ -22,12 +27,12 @@ const slopeOf = (samples: ReadonlyArray<readonly [at: number, size: number]>): n
 scenarios("a soak", (scenario) => {
   scenario("soak", "everything at once, for long", { minutes: minutes + 5 }, (stage) =>
     Effect.gen(function*() {
-      const cast = yield* stage.fleet({ rate: 200 })
+      const cast = yield* stage.fleet({ settings: { tellsMemory: true } })
       /** These are never killed, so that their memory can be measured. */
       const measured = [cast.workers[0]!, cast.schedulers[0]!]
       const begun = yield* now
       const end = begun + minutes * 60_000
-      const memory = new Map<Actor, Array<readonly [number, number]>>(measured.map((actor) => [actor, []]))
+      const warm = (yield* Clock.currentTimeMillis) + warmUp
       const files = new Map<Actor, Array<number>>(measured.map((actor) => [actor, []]))
       const tables: Array<number> = []
       const backlog: Array<number> = []
@@ -35,10 +40,7 @@ scenarios("a soak", (scenario) => {
         while ((yield* now) < end) {
           const at = (yield* now) - begun
           if (at > warmUp) {
-            for (const actor of measured) {
-              memory.get(actor)!.push([at, actor.memory()])
-              files.get(actor)!.push(actor.files())
-            }
+            for (const actor of measured) files.get(actor)!.push(actor.files())
             tables.push(
               yield* stage.value(
                 "select (pg_relation_size('pgqueue.ready') + pg_relation_size('pgqueue.lease') + pg_relation_size('pgqueue.worker'))::float8"
@@ -93,16 +95,13 @@ scenarios("a soak", (scenario) => {
           within: 60_000
         }
       )
-      const slopes = measured.map((actor) => slopeOf(memory.get(actor)!) * 3_600_000 / 1024)
+      const slopes = measured.map((actor) => slopeOf(memoryOf(actor, warm)) * 3_600_000 / 1024 / 1024)
       const opened = measured.map((actor) => Math.max(...files.get(actor)!) - Math.min(...files.get(actor)!))
       const third = Math.ceil(tables.length / 3)
       const grown = Math.max(...tables.slice(-third)) / Math.max(...tables.slice(0, third))
       const counts = yield* stage.finish({ within: 120_000 })
-      if (minutes >= 30) {
-        // What V8 has not collected yet rises and falls by more than this within a minute.
-        assert.isBelow(Math.max(...slopes), 1, `MiB an hour: ${slopes.join(" ")}`)
-        assert.isBelow(grown, 1.5, "tables of the line")
-      }
+      assert.isBelow(Math.max(...slopes), 1, `MiB an hour: ${slopes.join(" ")}`)
+      assert.isBelow(grown, 1.5, "tables of the line")
       return {
         minutes,
         deeds,

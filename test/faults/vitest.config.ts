@@ -29,6 +29,8 @@ const figures: Reporter = {
 export default defineConfig({
   test: {
     include: [join(import.meta.dirname, "*.test.ts")],
+    // Half an hour of its own.
+    exclude: process.env["FAULTS"] === "soak" ? [] : [join(import.meta.dirname, "soak.test.ts")],
     globalSetup: join(import.meta.dirname, "..", "support", "postgres.ts"),
     fileParallelism: false,
     reporters: ["default", figures],

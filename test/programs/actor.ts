@@ -14,6 +14,8 @@ import * as Schema from "effect/Schema"
 import * as SqlClient from "effect/sql/SqlClient"
 import { isSqlError, type SqlError } from "effect/sql/SqlError"
 import { randomUUID } from "node:crypto"
+import { setFlagsFromString } from "node:v8"
+import { runInNewContext } from "node:vm"
 import { CronScheduler, Job, JobQueue, type JobQueueError, Worker } from "../../src/index.ts"
 import type * as Queue from "../../src/JobQueue.ts"
 import { Ledger } from "../support/ledger.ts"
@@ -56,6 +58,8 @@ export interface ActorProgram {
   readonly millis?: readonly [number, number]
   /** It goes on when a promise is rejected, or an error thrown, and nobody was there to hear of it. */
   readonly forgiving?: boolean
+  /** It says how much memory it needs, once everything else has been collected, every ten seconds. */
+  readonly tellsMemory?: boolean
   /** How many schedules a scheduler declares, each for every second. */
   readonly schedules?: number
 }
@@ -204,6 +208,17 @@ const producing = Effect.fnUntraced(function*(options: ActorProgram) {
   )
 })
 
+const tellMemory = () => {
+  setFlagsFromString("--expose-gc")
+  // Sound: what that flag brings.
+  const collect = runInNewContext("gc") as () => void
+  setInterval(() => {
+    collect()
+    const { external, heapUsed } = process.memoryUsage()
+    console.log(`memory ${Date.now()} ${heapUsed + external}`)
+  }, 10_000).unref()
+}
+
 if (process.argv[1]?.endsWith("actor.ts") === true) {
   process.on("disconnect", () => process.kill(process.pid, "SIGKILL"))
   // Sound: the scenarios write it from the same type.
@@ -213,6 +228,7 @@ if (process.argv[1]?.endsWith("actor.ts") === true) {
     process.on("unhandledRejection", note)
     process.on("uncaughtException", note)
   }
+  if (options.tellsMemory === true) tellMemory()
   const { concurrency, connections, gracePeriod, heartbeat, lease, name, pollInterval, rescueInterval } = options
   const PgLive = PgClient.layer({
     url: Redacted.make(options.url),
