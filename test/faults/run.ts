@@ -30,7 +30,7 @@ const begun = performance.now()
 
 for (let round = 1; round <= Number(values.repeat); round++) {
   const out = join(mkdtempSync(join(tmpdir(), "faults-")), "results.json")
-  const named = ids.length === 0 ? [] : ["-t", ids.map((id) => `(^| )${id} `).join("|")]
+  const named = ids.length === 0 ? [] : ["-t", ids.map((id) => `(^| )${id}[: ]`).join("|")]
   const { status } = spawnSync(
     process.execPath,
     [
@@ -69,10 +69,10 @@ const names = [...new Set(results.flat().map(({ name }) => name))].toSorted((a, 
 )
 const rows = names.map((name) => {
   const rounds = results.flat().filter((result) => result.name === name)
-  const [id, ...what] = name.split(/ (?=[a-z])/)
+  const [id, what] = name.split(": ")
   const played = rounds.filter(({ state }) => state !== "skipped")
   const passed = played.filter(({ state }) => state === "passed").length
-  return `| ${id} | ${what.join(" ")} | ${played.length === 0 ? "not here" : `${passed} of ${played.length}`} | ${
+  return `| ${id} | ${what} | ${played.length === 0 ? "not here" : `${passed} of ${played.length}`} | ${
     figuresOf(rounds)
   } |`
 })

@@ -47,7 +47,7 @@ export const scenarios = (
     for (const [id, what, options, body] of played) {
       const on = options.without === undefined ? it.effect : it.effect.skip
       on(
-        `${id} ${what}`,
+        `${id}: ${what}`,
         (context) =>
           Effect.map(Effect.scoped(Effect.flatMap(makeStage(options), body)), (figures) => {
             context.task.meta.figures = figures

@@ -402,11 +402,10 @@ export const makeStage = Effect.fnUntraced(function*(options: StageOptions = {})
       { within: 60_000 }
     )
     yield* judge(options)
-    const starts = yield* recorded("select count(distinct run)::int from ledger")
     const jobs = yield* recorded("select count(distinct job)::int from ledger")
     const failed = yield* value("select count(*)::int from pgqueue.attempt where tag <> 'Lost'")
-    // Those that failed on purpose were to be started again.
-    return { jobs, failed, again: starts - jobs - failed }
+    const again = yield* recorded("select (count(distinct run) - count(distinct (job, attempt)))::int from ledger")
+    return { jobs, failed, again }
   })
 
   return {
