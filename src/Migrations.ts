@@ -349,6 +349,8 @@ const limits = (s: string): ReadonlyArray<string> => [
   `alter table ${s}.attempt add constraint attempt_size check (
     octet_length(error::text) <= ${maxErrorBytes} and octet_length(message) <= ${maxTextBytes} and length(tag) <= 200
   ) not valid`,
+  // A worker that runs goes on to beat, and each beat is held to the limit.
+  `update ${s}.worker set name = coalesce(nullif(left(name, 200), ''), 'worker') where length(name) not between 1 and 200`,
   `alter table ${s}.worker add constraint worker_size check (length(name) between 1 and 200) not valid`,
   `alter table ${s}.queue add constraint queue_size check (length(name) between 1 and 128) not valid`,
   // It has no search_path of its own, for speed, and is granted to roles that may call it from sessions of theirs.

@@ -67,6 +67,28 @@ layer(databaseLayer({ maxConnections: 2 }), { excludeTestServices: true })("migr
       }))
     }))
 
+  it.effect("a worker whose name was never looked at goes on to beat under the limits of version 5", () =>
+    Effect.gen(function*() {
+      const sql = yield* SqlClient.SqlClient
+      const at = (from: number, to: number) =>
+        Effect.forEach(
+          Migrations.migrations.slice(from, to).flatMap(([, , statements]) => statements("aged", "aged")),
+          (text) => sql.unsafe(text)
+        )
+      yield* sql`create schema aged`
+      yield* at(0, 4)
+      yield* sql.unsafe(
+        `insert into aged.worker (id, name, queues, kinds, prefixes, lease_ms)
+           select gen_random_uuid(), name, '{}', '{}', '{}', 1 from unnest(array['', repeat('n', 300)]) name`
+      )
+      yield* at(4, 5)
+      yield* sql`update aged.worker set beat_at = clock_timestamp()`
+      assert.deepStrictEqual(yield* sql`select length(name)::int4 as length from aged.worker order by 1`, [
+        { length: 6 },
+        { length: 200 }
+      ])
+    }))
+
   it.effect("a schema that is missing, unfinished or newer is named with what to do", () =>
     Effect.gen(function*() {
       const sql = yield* SqlClient.SqlClient
