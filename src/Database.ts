@@ -56,8 +56,6 @@ export interface Database {
     | undefined
   /** Whether LISTEN in such a session hears what others announce. */
   readonly listens: boolean
-  /** Whether `alone` reaches the server itself: then no transaction of somebody else can keep a statement from it. */
-  readonly direct: boolean
   /** Opens what `query` does over such a session; over the client's own pool when it is not a `PgClient`. */
   readonly alone: Effect.Effect<Database["query"], SqlError, Scope.Scope>
 }
@@ -110,14 +108,12 @@ export const make = Effect.fnUntraced(function*(
       keepsSettings: false,
       connect: undefined,
       listens: false,
-      direct: false,
       alone: Effect.succeed(query)
     }
   }
   const { maxConnections } = options
-  const server = Endpoint.direct(client.config)
-  const { listens, pools, sessions } = options.reach ?? { pools: server, sessions: server, listens: true }
-  const direct = sessions.keepsSettings
+  const direct = Endpoint.direct(client.config)
+  const { listens, pools, sessions } = options.reach ?? { pools: direct, sessions: direct, listens: true }
   const withReactivity = <A, E>(self: Effect.Effect<A, E, Reactivity.Reactivity | Scope.Scope>) =>
     Effect.provideServiceEffect(self, Reactivity.Reactivity, Reactivity.make)
   const pool = (config: PgConnection.Config, maxConnections: number) =>
@@ -160,7 +156,6 @@ export const make = Effect.fnUntraced(function*(
       keepsSettings: false,
       connect,
       listens,
-      direct,
       alone
     }
   }
@@ -183,7 +178,6 @@ export const make = Effect.fnUntraced(function*(
     keepsSettings: true,
     connect,
     listens,
-    direct,
     alone
   }
 })

@@ -216,12 +216,11 @@ export const make = Effect.fnUntraced(function*(options: {
         Effect.sandbox,
         Effect.tapError((cause) => {
           doubted = now()
-          const failures = cause.reasons.filter(Cause.isFailReason).map(({ error }) => error)
-          // From the server itself silence is no doing of a job, unless one kept the event loop. Everything in between lends
-          // sessions, of which jobs can hold all.
-          const silent = options.database.direct && thawedAt <= lastBeat &&
-            failures.some((error) => error instanceof Bounded.TimedOut)
-          if (silent || failures.some(Database.isConnectionLoss)) unreachable = doubted
+          // Not when a beat is merely not answered: a handler that holds what the beat waits for, a lock of its table for one, must
+          // spend its attempts.
+          if (cause.reasons.some((reason) => Cause.isFailReason(reason) && Database.isConnectionLoss(reason.error))) {
+            unreachable = doubted
+          }
           return episode.failed(cause)
         }),
         Effect.retry(Database.backoff),

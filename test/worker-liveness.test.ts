@@ -199,6 +199,23 @@ describe("a worker that is not heard of", () => {
       }),
       { maxConnections: 1 }
     ))
+
+  it.live("because a handler locks what the heartbeat writes to spends attempts of its jobs", () =>
+    withQueue(Effect.gen(function*() {
+      class Locking extends Job.make("locking", { maxAttempts: 1, retry: Schedule.recurs(5) }) {}
+      const LockingHandler = Locking.toLayer(() =>
+        Effect.gen(function*() {
+          const { record } = yield* Ledger
+          const sql = yield* SqlClient.SqlClient
+          yield* record("start")
+          const lock = Effect.andThen(sql`lock table pgqueue.worker in exclusive mode`, Effect.sleep("4 seconds"))
+          yield* Effect.orDie(sql.withTransaction(lock))
+        })
+      )
+      yield* Locking.enqueue()
+      yield* running(Worker.layer({ jobs: [Locking], ...timing }).pipe(Layer.provide(LockingHandler)))
+      yield* bounded
+    })))
 })
 
 describe("a worker that has said goodbye", () => {
