@@ -334,6 +334,10 @@ const pace = (s: string): ReadonlyArray<string> => [
 
 /** The statements of migration 5: what workers and people write is limited, too, and the last function is safe anywhere. */
 const limits = (s: string): ReadonlyArray<string> => [
+  // Whoever updates a row is held to the limits even of what was there before: a single row would stop a rescue. Read from
+  // end to end before anything is locked against others.
+  `update ${s}.job set trace = left(trace, 200), cancel_reason = left(cancel_reason, ${maxTextBytes / 4})
+    where length(trace) > 200 or octet_length(cancel_reason) > ${maxTextBytes}`,
   // Each table has one constraint for all, because each is a cost of its own for a statement of one row; none is valid for
   // what is there, so that nobody waits for a look at every row. The archive takes what `finished` has taken.
   `alter table ${s}.job drop constraint job_progress_size, add constraint job_size check (

@@ -67,7 +67,7 @@ layer(databaseLayer({ maxConnections: 2 }), { excludeTestServices: true })("migr
       }))
     }))
 
-  it.effect("a worker whose name was never looked at goes on to beat under the limits of version 5", () =>
+  it.effect("what was there before can be changed under the limits of version 5", () =>
     Effect.gen(function*() {
       const sql = yield* SqlClient.SqlClient
       const at = (from: number, to: number) =>
@@ -81,8 +81,11 @@ layer(databaseLayer({ maxConnections: 2 }), { excludeTestServices: true })("migr
         `insert into aged.worker (id, name, queues, kinds, prefixes, lease_ms)
            select gen_random_uuid(), name, '{}', '{}', '{}', 1 from unnest(array['', repeat('n', 300)]) name`
       )
+      yield* sql.unsafe("select aged.enqueue('k')")
+      yield* sql.unsafe("update aged.job set trace = repeat('t', 300), cancel_reason = repeat('é', 5000)")
       yield* at(4, 5)
       yield* sql`update aged.worker set beat_at = clock_timestamp()`
+      yield* sql`update aged.job set attempt = attempt + 1`
       assert.deepStrictEqual(yield* sql`select length(name)::int4 as length from aged.worker order by 1`, [
         { length: 6 },
         { length: 200 }
