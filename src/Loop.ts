@@ -8,7 +8,6 @@ import * as Clock from "effect/Clock"
 import type * as Context from "effect/Context"
 import * as Deferred from "effect/Deferred"
 import * as Effect from "effect/Effect"
-import * as Exit from "effect/Exit"
 import * as Latch from "effect/Latch"
 import * as Schedule from "effect/Schedule"
 import { isSqlError, type SqlError } from "effect/sql/SqlError"
@@ -38,7 +37,7 @@ import * as Wakeup from "./Wakeup.ts"
  */
 export interface Loop {
   /** Stops as promised, inside the grace period and 5 s. */
-  readonly drain: (exit: Exit.Exit<unknown, unknown>) => Effect.Effect<void>
+  readonly drain: Effect.Effect<void>
   /** Waits until nothing is due and nothing runs. */
   readonly idle: Effect.Effect<void, SqlError>
   readonly counts: () => { readonly completed: number; readonly failed: number }
@@ -477,15 +476,16 @@ export const start = Effect.fnUntraced(function*(options: {
     stopping: () => stopping
   }))
 
-  /**
-   * Waits until no handler runs, or the time is over, or `sooner` is. One that does not stop at its timeout is not waited
-   * for.
-   */
-  const quiet = (millis: number, sooner: Effect.Effect<void> = Effect.never) =>
+  /** Waits until none of these runs any more, or the time is over, or `sooner` is. */
+  const quiet = (
+    these: (running: Run.Running) => boolean,
+    millis: number,
+    sooner: Effect.Effect<void> = Effect.never
+  ) =>
     Effect.gen(function*() {
       const done = Deferred.makeUnsafe<void>()
       const check = () => {
-        if ([...runs].every(({ interruption }) => interruption === "timeout")) Deferred.doneUnsafe(done, Effect.void)
+        if (![...runs].some(these)) Deferred.doneUnsafe(done, Effect.void)
       }
       for (const running of runs) running.fiber?.addObserver(check)
       check()
@@ -499,18 +499,17 @@ export const start = Effect.fnUntraced(function*(options: {
   })
 
   const sayEnded = stop.begin()
-  const drain = Effect.fnUntraced(function*(exit: Exit.Exit<unknown, unknown>) {
+  const drain = Effect.gen(function*() {
     stopping = true
-    // What fails takes the whole program with it, as a rule.
-    if (Exit.isFailure(exit) && !Cause.hasInterruptsOnly(exit.cause)) stop.end()
     // A handler may have told the worker to stop: first let it come to where it waits, and its fork return.
     yield* Effect.yieldNow
     const begun = now()
     const left = () => Math.max(200, options.gracePeriod + 3000 - (now() - begun))
     lines.forEach(handBackBuffer)
-    yield* quiet(options.gracePeriod, stop.urgent.await)
+    // One that has not stopped at its timeout has had its time.
+    yield* quiet(({ interruption }) => interruption !== "timeout", options.gracePeriod, stop.urgent.await)
     for (const running of runs) interrupt(running, "shutdown")
-    yield* quiet(1500)
+    yield* quiet(() => true, 1500)
     const allSettled = Effect.forEach(allSettlers, (settler) => settler.drained, { discard: true })
     yield* Effect.ignore(Bounded.bounded(Effect.andThen(claimsAnswered, allSettled), left()))
     liveness.retire()

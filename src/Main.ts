@@ -17,11 +17,11 @@ import * as Runtime from "effect/Runtime"
 export interface Stop {
   /** Open when nothing is to be waited for any more. */
   readonly urgent: Latch.Latch
-  /** Open when the program is to end, all workers have ended, and handlers of theirs have not stopped. */
+  /** Open when the process was told to end, all workers have ended, and handlers of theirs have not stopped. */
   readonly stuck: Latch.Latch
   /** Whether handlers of workers that have ended have still not stopped. */
   readonly isStuck: () => boolean
-  /** The program is to end. A worker alone may end, and whatever else there is goes on. */
+  /** The process was told to end. A worker alone may end, or fail, and whatever else there is goes on. */
   readonly end: () => void
   /** A worker begins. The returned function is for its end, and the handlers that have not stopped. */
   readonly begin: () => (left: ReadonlyArray<Fiber.Fiber<unknown, unknown>>) => void
@@ -91,9 +91,14 @@ export const teardown: Runtime.Teardown = (exit, onExit) =>
  * The exit code is 0 when it was told to stop and did, and 1 when it failed or a handler did not stop. With a `teardown` of
  * your own it is what that says.
  *
- * When the program was told to stop, or has failed, and a handler did not stop, the process ends one second after its last
- * worker has: such a handler may hold a connection, its COMMIT on a dead link for one, and a pool waits for that without end.
- * A `teardown` of your own is given a defect then.
+ * When the program was told to stop and a handler did not, the process ends one second after its last worker has: such a
+ * handler may hold a connection, its COMMIT on a dead link for one, and a pool waits for that without end. A `teardown` of
+ * your own is given a defect then.
+ *
+ * **Gotchas**
+ *
+ * A program that ends by itself, or fails, waits for the connections that such handlers hold, until a signal comes: what
+ * else it may still want to do cannot be known.
  *
  * **Example** (A process that can be hurried)
  *

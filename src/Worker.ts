@@ -108,7 +108,7 @@ export const layer = <const J extends ReadonlyArray<Job.Any>, M extends Job.Midd
   options: Options<J, M>
 ): Layer.Layer<never, JobQueueError | SqlError, Needs<J, M>> =>
   Layer.effectDiscard(
-    Effect.flatMap(start(options), (loop) => Effect.addFinalizer(loop.drain))
+    Effect.flatMap(start(options), (loop) => Effect.addFinalizer(() => loop.drain))
   ) as Layer.Layer<never, JobQueueError | SqlError, Needs<J, M>>
 
 /**
@@ -141,7 +141,7 @@ export const runUntilEmpty = <const J extends ReadonlyArray<Job.Any>, M extends 
 ): Effect.Effect<{ readonly completed: number; readonly failed: number }, JobQueueError | SqlError, Needs<J, M>> =>
   Effect.scoped(Effect.gen(function*() {
     const loop = yield* start(options, options.limit ?? Infinity)
-    yield* Effect.addFinalizer(loop.drain)
+    yield* Effect.addFinalizer(() => loop.drain)
     yield* loop.idle
     return loop.counts()
   })) as Effect.Effect<{ readonly completed: number; readonly failed: number }, JobQueueError | SqlError, Needs<J, M>>

@@ -2,7 +2,7 @@
 import { assert, describe, it } from "@effect/vitest"
 import { Effect, Layer } from "effect"
 import { Worker } from "../src/index.ts"
-import { Step } from "./programs/jobs.ts"
+import { Late, Step } from "./programs/jobs.ts"
 import { Patient, Stubborn, type StubbornProgram } from "./programs/stubborn.ts"
 import { ownServer } from "./support/database.ts"
 import { type Program, serverProcesses, startProgram, startWorker } from "./support/processes.ts"
@@ -138,6 +138,19 @@ describe("SIGTERM", () => {
       yield* allInPlace
     })))
 
+  it.live("just after a timeout leaves the handler the time to clean up, and counts its attempt", () =>
+    withQueue(Effect.gen(function*() {
+      const worker = yield* startWorker({ url: yield* databaseUrl, name: "first", gracePeriod: 10_000 })
+      yield* Late.enqueue()
+      yield* untilValue("select count(*)::int from ledger where phase = 'cleaning up'", 1)
+      const { code, took } = yield* end(worker)
+      assert.strictEqual(code, 0, worker.output())
+      assert.isBelow(took, most)
+      assert.strictEqual(yield* phases("cleaned up"), 1)
+      yield* assertRows("select tag from pgqueue.attempt", [{ tag: "TimedOut" }])
+      yield* assertRows("select * from pgqueue.lease", [])
+    })))
+
   it.live("twice is as good as once", () =>
     withQueue(Effect.gen(function*() {
       const worker = yield* startWorker({ url: yield* databaseUrl, name: "first", gracePeriod })
@@ -154,7 +167,7 @@ describe("SIGTERM", () => {
 describe("a process with two workers, of which one has a handler that does not stop", () => {
   const rows: ReadonlyArray<readonly [what: string, does: StubbornProgram["does"]]> = [
     ["ends on a signal, and gives the other one its grace period", "waits"],
-    ["ends when it fails, and gives the other one its grace period", "fails"],
+    ["waits for it when it fails, and ends on a signal", "fails"],
     ["goes on when that worker alone is stopped, and ends on a signal", "goes on"]
   ]
   for (const [what, does] of rows) {
@@ -167,7 +180,12 @@ describe("a process with two workers, of which one has a handler that does not s
         if (does === "goes on") {
           yield* until("it goes on", Effect.sync(() => /it has gone on/.test(actor.output())), { within: 20_000 })
         }
-        if (does !== "fails") yield* actor.kill("SIGTERM")
+        if (does === "fails") {
+          yield* untilValue("select count(*)::int from pgqueue.finished", 1, { within: 20_000 })
+          yield* until("its workers have ended", Effect.sync(() => /handlers did not stop/.test(actor.output())))
+          assert.isTrue(actor.running())
+        }
+        yield* actor.kill("SIGTERM")
         const { code } = yield* Effect.timeoutOrElse(actor.ended, {
           duration: "20 seconds",
           orElse: () => Effect.die(new Error(`it still runs:\n${actor.output()}`))

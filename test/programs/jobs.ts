@@ -56,6 +56,18 @@ export class Trial extends Job.make("trial", {
   retry: {}
 }) {}
 
+/** Takes longer than it may, and 600 ms to clean up after that. */
+export class Late extends Job.make("late", { timeout: "500 millis", retry: Schedule.spaced("1 hour") }) {}
+const LateHandler = Late.toLayer(() =>
+  Effect.onInterrupt(Effect.never, () =>
+    Effect.gen(function*() {
+      const { record } = yield* Ledger
+      yield* record("cleaning up")
+      yield* Effect.sleep(600)
+      yield* record("cleaned up")
+    }))
+)
+
 const step = Effect.fnUntraced(function*(millis: number) {
   const { mention, record } = yield* Ledger
   yield* record("start")
@@ -147,7 +159,7 @@ const TrialHandler = Trial.toLayer(({ first, how, next }) =>
 )
 
 /** What a worker process handles. */
-export const all = [Count, Step, Aside, Flaky, Block, Poison, Trial] as const
+export const all = [Count, Step, Aside, Flaky, Block, Poison, Trial, Late] as const
 export const handlers = Layer.mergeAll(
   CountHandler,
   StepHandler,
@@ -155,5 +167,6 @@ export const handlers = Layer.mergeAll(
   FlakyHandler,
   BlockHandler,
   PoisonHandler,
-  TrialHandler
+  TrialHandler,
+  LateHandler
 )
