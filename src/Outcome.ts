@@ -132,12 +132,11 @@ const excerpt = (thrown: unknown, seen: Set<unknown>, room: number): unknown => 
   if (typeof thrown === "string") return thrown.slice(0, maxTextBytes)
   if (typeof thrown !== "object" || thrown === null) return thrown
   seen.add(thrown)
-  const quotes = quotesValues(thrown)
-  const message = quotes ? withoutValues(messageOf(thrown)) : messageOf(thrown)
+  const message = keptMessageOf(thrown)
   const ownName = read(thrown, "name")
   const name = typeof ownName === "string" ? ownName.slice(0, maxTextBytes) : undefined
   // It begins with name and message, and the first to read it copies them; with the value, where the message has one.
-  const readable = !quotes && (name ?? "").length + message.length < maxTextBytes
+  const readable = !quotesValues(thrown) && (name ?? "").length + message.length < maxTextBytes
   const stack = readable ? read(thrown, "stack") : undefined
   const cause = read(thrown, "cause")
   const left = room - message.length - (typeof stack === "string" ? stack.length : 0)
@@ -150,13 +149,19 @@ const excerpt = (thrown: unknown, seen: Set<unknown>, room: number): unknown => 
 }
 
 /**
- * Whether this is an error of PostgreSQL whose message may quote a value: of what is at fault with data (class 22) the value
- * is a part. Everything else that carries values (`detail`, `hint`, `where`) is not looked at.
+ * Whether this is an error of PostgreSQL. Of what it says only the message, the code and the constraint are kept: everything
+ * else may carry values (`detail`, `hint`, `where`).
  */
-const quotesValues = (thrown: object): boolean => {
+const isServerError = (thrown: object): boolean => {
   const code = read(thrown, "code")
-  return typeof code === "string" && /^22[0-9A-Z]{3}$/.test(code) && typeof read(thrown, "severity") === "string"
+  return typeof code === "string" && /^[0-9A-Z]{5}$/.test(code) && typeof read(thrown, "severity") === "string"
 }
+
+/** Of what is at fault with data (class 22) the value is a part of the message. */
+const quotesValues = (thrown: object): boolean => isServerError(thrown) && String(read(thrown, "code")).startsWith("22")
+
+const keptMessageOf = (thrown: object): string =>
+  quotesValues(thrown) ? withoutValues(messageOf(thrown)) : messageOf(thrown)
 
 /** What comes before the first quotation mark of any language, without bytes that are shown as such. */
 const withoutValues = (message: string): string =>
@@ -210,10 +215,12 @@ const brief = (value: unknown, room: { left: number }, inside: ReadonlyArray<unk
     return items
   }
   const copy: Record<string, unknown> = {}
-  for (const key of Object.keys(value)) {
+  const isServers = isServerError(value)
+  for (const key of isServers ? ["code", "constraint"] : Object.keys(value)) {
     if (room.left <= 0) break
     copy[key.slice(0, maxTextBytes)] = brief(read(value, key), room, within)
     room.left -= key.length
   }
-  return value instanceof Error ? { ...copy, name: value.name, message: brief(value.message, room, within) } : copy
+  if (!isServers && !(value instanceof Error)) return copy
+  return { ...copy, name: read(value, "name"), message: brief(keptMessageOf(value), room, within) }
 }

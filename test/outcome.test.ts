@@ -313,8 +313,22 @@ describe("the text that is kept", () => {
     for (const [text, kept] of messages) {
       const error = Object.assign(new Error(text), { code: "22P02", severity: "ERROR" })
       assert.strictEqual(Outcome.describe(Cause.die(error)), `Error: ${kept}`)
-      assert.notInclude(Outcome.describe(Cause.fail(new Error("outer", { cause: error }))), "hunter2")
+      const holders = [new Error("outer", { cause: error }), { error }, { cause: error }, [error], {
+        _tag: "E",
+        in: { error }
+      }]
+      for (const holder of holders) assert.notInclude(Outcome.describe(Cause.fail(holder)), "hunter2")
     }
+    const error = Object.assign(new Error("duplicate key value"), {
+      code: "23505",
+      severity: "ERROR",
+      constraint: "one_a_day",
+      detail: "Key (email)=(hunter2) already exists.",
+      where: "hunter2"
+    })
+    const text = Outcome.describe(Cause.fail({ _tag: "DbFailed", error }))
+    assert.notInclude(text, "hunter2")
+    assert.match(text, /23505.*one_a_day.*duplicate key value/)
   })
 
   it("says at least that there is none", () => {
