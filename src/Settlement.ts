@@ -365,10 +365,14 @@ export const statements = (s: string) => {
       pg_catalog.json_agg(id) filter (where status is not null and awaited)::text as awaited,
       (select id::text from held order by id desc limit 1) as last from decided`
 
-  const rescue = takeBack(
-    `select l.id, l.worker, l.ids from ${s}.lease l
+  const lostLeases = (columns: string) =>
+    `select ${columns} from ${s}.lease l
       where l.id > $2::uuid and not exists (select 1 from ${s}.worker w where w.id = l.worker)
-      order by l.id limit $1::int4 for update of l skip locked`,
+      order by l.id limit $1::int4 for update of l skip locked`
+  // Those that `rescue` would take, by name.
+  const lostNames = lostLeases("l.id::text as id")
+  const rescue = takeBack(
+    lostLeases("l.id, l.worker, l.ids"),
     `select l.*, c.now, c.now as ended_at, null::timestamptz as started_at,
         case when cancelled_at is not null then 'cancelled'
           when ${lost.ends} then 'discarded' end as status,
@@ -399,5 +403,5 @@ export const statements = (s: string) => {
     )
     select alone from mine`
 
-  return { settle, complete, completeKept, completeForgotten, rescue, release, detach }
+  return { settle, complete, completeKept, completeForgotten, lostNames, rescue, release, detach }
 }

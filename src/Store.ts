@@ -348,6 +348,10 @@ export const make = (db: Database.Database, schema: string) => {
     rescue: (limit: number, after: string = Database.firstId): Effect.Effect<TakenBack, SqlError> =>
       Effect.map(rows(settlement.rescue, [limit, after]), takenBack),
 
+    /** The first lease that `rescue` would take. */
+    firstLost: (after: string = Database.firstId): Effect.Effect<string | undefined, SqlError> =>
+      Effect.map(rows<{ id: string }>(settlement.lostNames, [1, after]), ([lease]) => lease?.id),
+
     /**
      * Puts the jobs of a worker's own leases back in line as if they had not been claimed.
      */

@@ -19,6 +19,7 @@ import type * as Contact from "./Contact.ts"
 import * as Database from "./Database.ts"
 import * as Episode from "./Episode.ts"
 import * as Line from "./Line.ts"
+import * as Outcome from "./Outcome.ts"
 import type * as Store from "./Store.ts"
 import * as Telemetry from "./Telemetry.ts"
 import type * as Wakeup from "./Wakeup.ts"
@@ -62,8 +63,8 @@ const apart = <A, E>(store: Store.Store, self: Effect.Effect<A, E>, options?: Pa
   Bounded.bounded(store.apart(self, options), bound)
 
 /**
- * A batch that is halved whenever the server gives up a statement because it took too long, and then grows again slowly:
- * something else may have been the reason.
+ * A batch that is halved whenever the server gives up a statement because it took too long, or refuses it for what is in a
+ * row, and then grows again slowly: something else may have been the reason.
  */
 const halving = (size: number) => {
   let next = size
@@ -75,10 +76,13 @@ const halving = (size: number) => {
           next = Math.min(size, limit + Math.ceil(limit / 8))
           return { full: limit, done }
         }),
-        Effect.catchIf((error) => limit > 1 && Database.isStatementTimeout(error), () => {
-          next = Math.ceil(limit / 2)
-          return run(statement)
-        })
+        Effect.catchIf(
+          (error) => limit > 1 && (Database.isStatementTimeout(error) || Database.isDataFault(error)),
+          () => {
+            next = Math.ceil(limit / 2)
+            return run(statement)
+          }
+        )
       )
     })
   return run
@@ -98,7 +102,22 @@ export const rescueOnce = Effect.fnUntraced(function*(
   let jobs = 0
   let after: string | undefined
   while (true) {
-    const { done: taken, full } = yield* leases((limit) => Bounded.bounded(store.rescue(limit, after), bound))
+    const tried = yield* Effect.exit(leases((limit) => Bounded.bounded(store.rescue(limit, after), bound)))
+    if (Exit.isFailure(tried)) {
+      // What cannot be taken back must not keep the jobs of all others.
+      const refused = tried.cause.reasons.some((reason) =>
+        Cause.isFailReason(reason) && Database.isDataFault(reason.error)
+      )
+      const lease = refused ? yield* Bounded.bounded(store.firstLost(after), bound) : undefined
+      if (lease === undefined) return yield* Effect.failCause(tried.cause)
+      yield* Effect.logError(
+        `effect-pgqueue: the jobs of lease ${lease} cannot be taken back`,
+        Outcome.describe(tried.cause)
+      )
+      after = lease
+      continue
+    }
+    const { done: taken, full } = tried.value
     for (const queue of taken.queues) wakeup.mark(queue, 0)
     for (const job of taken.awaited) wakeup.tell("end", job)
     jobs += taken.back + taken.ended

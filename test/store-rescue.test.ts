@@ -49,6 +49,17 @@ const crash = Effect.gen(function*() {
   return ids
 })
 
+/** Tells nobody. */
+const deaf: Wakeup.Wakeup = {
+  mark: () => {},
+  withInsert: () => undefined,
+  tell: () => {},
+  tellHere: () => {},
+  scheduled: () => {},
+  subscribe: () => Effect.void,
+  listen: Effect.never
+}
+
 layer(Storage.layer, { excludeTestServices: true })("rescue", (it) => {
   it.effect(
     "leases whose rows a stranger has locked hide no other from the sweep",
@@ -63,19 +74,26 @@ layer(Storage.layer, { excludeTestServices: true })("rescue", (it) => {
         held.slice(0, 10).flatMap(({ ids }) => ids)
       ])
       for (const { worker } of held) yield* bury(worker)
-      const deaf: Wakeup.Wakeup = {
-        mark: () => {},
-        withInsert: () => undefined,
-        tell: () => {},
-        tellHere: () => {},
-        scheduled: () => {},
-        subscribe: () => Effect.void,
-        listen: Effect.never
-      }
       assert.strictEqual(yield* Tasks.rescueOnce(store, deaf), 1)
       assert.deepInclude(yield* stateOf(held[10]!.ids[0]!), { place: "ready", rescued: 1 })
       yield* stranger.query("commit")
       assert.strictEqual(yield* Tasks.rescueOnce(store, deaf), 10)
+    }))
+  )
+
+  it.effect(
+    "a job that cannot be taken back keeps no other one",
+    rule(Effect.gen(function*() {
+      const { store } = yield* Storage
+      const held: Array<{ readonly worker: string; readonly ids: ReadonlyArray<string> }> = []
+      for (let n = 0; n < 12; n++) held.push(yield* claimed([job()]))
+      const bad = held[3]!.ids[0]!
+      yield* query(`alter table pgqueue.job add constraint bad check (id <> '${bad}' or rescued = 0)`)
+      for (const { worker } of held) yield* bury(worker)
+      assert.strictEqual(yield* Tasks.rescueOnce(store, deaf), 11)
+      assert.deepInclude(yield* stateOf(bad), { place: "lease" })
+      yield* query("alter table pgqueue.job drop constraint bad")
+      assert.strictEqual(yield* Tasks.rescueOnce(store, deaf), 1)
     }))
   )
 
