@@ -25,7 +25,7 @@ const slopeOf = (samples: ReadonlyArray<readonly [at: number, size: number]>): n
 }
 
 scenarios("a soak", (scenario) => {
-  scenario("soak", "everything at once, for long", { minutes: minutes + 5 }, (stage) =>
+  scenario("soak", "everything at once, for long", { minutes: minutes + 10 }, (stage) =>
     Effect.gen(function*() {
       const cast = yield* stage.fleet({ settings: { tellsMemory: true } })
       /** These are never killed, so that their memory can be measured. */
@@ -100,7 +100,10 @@ scenarios("a soak", (scenario) => {
       const third = Math.ceil(tables.length / 3)
       const grown = Math.max(...tables.slice(-third)) / Math.max(...tables.slice(0, third))
       const counts = yield* stage.finish({ within: 120_000 })
-      assert.isBelow(Math.max(...slopes), 1, `MiB an hour: ${slopes.join(" ")}`)
+      const said = measured.map((actor) =>
+        memoryOf(actor, warm).map(([, size]) => (size / 1024 / 1024).toFixed(1)).join(" ")
+      )
+      assert.isBelow(Math.max(...slopes), 1, `MiB an hour: ${slopes.join(" ")}\n${said.join("\n")}`)
       assert.isBelow(grown, 1.5, "tables of the line")
       return {
         minutes,
