@@ -30,7 +30,7 @@ const database = Effect.gen(function*() {
     return Object.assign(session, { pin: Effect.succeed(session) }) as any
   })
   // Sound: a wake-up only connects.
-  const database = { connect: () => connect, settled: true, listens: true } as unknown as Database.Database
+  const database = { connect: () => connect, keepsSettings: true, listens: true } as unknown as Database.Database
   const wakeup = yield* Wakeup.make(database, "pgqueue")
   yield* Effect.sleep(20)
   const notify = (payload: string) => Queue.offerUnsafe(notifications!, { processId: 99, channel: "c", payload })
