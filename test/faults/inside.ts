@@ -52,8 +52,7 @@ export const cpuDuring = Effect.fnUntraced(function*<A, E, R>(pid: number, effec
 /** The ids of jobs that were enqueued. */
 export const idsOf = (jobs: ReadonlyArray<{ readonly id: string }>): ReadonlyArray<string> => jobs.map(({ id }) => id)
 
-/** Sends a signal to all processes of a server. */
-export const signalServer = (server: EmbeddedPostgres, signal: NodeJS.Signals) => {
+const signalServer = (server: EmbeddedPostgres, signal: NodeJS.Signals) => {
   for (const pid of serverProcesses(server.dataDir)) {
     try {
       process.kill(pid, signal)
@@ -62,3 +61,10 @@ export const signalServer = (server: EmbeddedPostgres, signal: NodeJS.Signals) =
     }
   }
 }
+
+/** Freezes all processes of a server, in the current scope. */
+export const frozen = (server: EmbeddedPostgres) =>
+  Effect.acquireRelease(
+    Effect.sync(() => signalServer(server, "SIGSTOP")),
+    () => Effect.sync(() => signalServer(server, "SIGCONT"))
+  )

@@ -25,7 +25,7 @@ import { serverProcesses } from "../support/processes.ts"
 import { now, until } from "../support/queue.ts"
 import { statements } from "../support/wire.ts"
 import { full } from "./form.ts"
-import { signalServer } from "./inside.ts"
+import { frozen } from "./inside.ts"
 import type { Cut } from "./net.ts"
 import { scenarios } from "./scenario.ts"
 import { type Actor, timing, Victim } from "./stage.ts"
@@ -342,11 +342,7 @@ scenarios("the server, of many kinds", (scenario) => {
       yield* stage.here(Step.enqueueAll(Array.from({ length: 170 }, () => ({ millis: 900 }))))
       yield* stage.during(
         "frozen",
-        Effect.acquireUseRelease(
-          Effect.sync(() => signalServer(stage.victim, "SIGSTOP")),
-          () => Effect.sleep(20_000),
-          () => Effect.sync(() => signalServer(stage.victim, "SIGCONT"))
-        )
+        Effect.andThen(frozen(stage.victim), Effect.sleep(20_000))
       )
       const between = yield* stage.recorded(`${late} and at < (select max(cleared_at) from fault)`)
       assert.strictEqual(between, 0, "runs begun without a lease")

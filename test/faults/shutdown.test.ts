@@ -8,7 +8,7 @@ import type { EmbeddedPostgres } from "../support/embedded.ts"
 import { now, until } from "../support/queue.ts"
 import { statements } from "../support/wire.ts"
 import { full, limit } from "./form.ts"
-import { idsOf, signalServer } from "./inside.ts"
+import { frozen, idsOf } from "./inside.ts"
 import { scenarios } from "./scenario.ts"
 import { type Actor, rescuedWithin, type Stage, timing } from "./stage.ts"
 
@@ -35,6 +35,21 @@ const cancel = (stage: Stage, ids: ReadonlyArray<string>) =>
 
 const enqueueHours = (stage: Stage, count: number) =>
   Effect.map(stage.here(Step.enqueueAll(Array.from({ length: count }, () => ({ millis: hour })))), idsOf)
+
+/** A worker with jobs that take an hour. */
+const busy = Effect.fnUntraced(function*(stage: Stage, count: number) {
+  const worker = yield* stage.worker("worker 1")
+  const ids = yield* enqueueHours(stage, count)
+  yield* untilStartedBy(stage, worker, count)
+  return { worker, ids }
+})
+
+/** Another one starts all of them again, and ends when they are cancelled. */
+const inherits = Effect.fnUntraced(function*(stage: Stage, heir: Actor, ids: ReadonlyArray<string>) {
+  yield* untilStartedBy(stage, heir, ids.length)
+  yield* cancel(stage, ids)
+  assert.strictEqual((yield* heir.end()).code, 0, heir.output())
+})
 
 scenarios("shutdown", (scenario) => {
   scenario("C1", "an idle worker is told to stop", { short: true }, (stage) =>
@@ -134,11 +149,7 @@ scenarios("shutdown", (scenario) => {
         Effect.promise(() => server.pgCtl(["stop", "-m", "fast"])),
         () => Effect.promise(() => server.pgCtl(["start"]))
       ),
-    frozen: (server: EmbeddedPostgres) =>
-      Effect.acquireRelease(
-        Effect.sync(() => signalServer(server, "SIGSTOP")),
-        () => Effect.sync(() => signalServer(server, "SIGCONT"))
-      )
+    frozen
   }
   scenario(
     "C5",
@@ -148,9 +159,7 @@ scenarios("shutdown", (scenario) => {
       Effect.gen(function*() {
         const exits: Array<number> = []
         for (const [how, go] of Object.entries(gone)) {
-          const worker = yield* stage.worker("worker 1")
-          const ids = yield* enqueueHours(stage, 5)
-          yield* untilStartedBy(stage, worker, ids.length)
+          const { ids, worker } = yield* busy(stage, 5)
           const { code, took } = yield* stage.during(how, Effect.andThen(go(stage.victim), worker.end()))
           assert.strictEqual(code, 0, worker.output())
           assert.isBelow(worker.output().trim().split("\n").length, 20)
@@ -159,10 +168,7 @@ scenarios("shutdown", (scenario) => {
             "the stage has its database again",
             Effect.orElseSucceed(Effect.as(stage.rows("select 1"), true), () => false)
           )
-          const heir = yield* stage.worker("worker 2")
-          yield* untilStartedBy(stage, heir, ids.length)
-          yield* cancel(stage, ids)
-          assert.strictEqual((yield* heir.end()).code, 0, heir.output())
+          yield* inherits(stage, yield* stage.worker("worker 2"), ids)
         }
         const counts = yield* stage.finish()
         for (const took of exits) assert.isBelow(took, limit(timing.gracePeriod + 5000))
@@ -178,9 +184,7 @@ scenarios("shutdown", (scenario) => {
       Effect.gen(function*() {
         const exits: Array<number> = []
         for (const at of ["lost", "sent"] as const) {
-          const worker = yield* stage.worker("worker 1")
-          const ids = yield* enqueueHours(stage, 3)
-          yield* untilStartedBy(stage, worker, ids.length)
+          const { ids, worker } = yield* busy(stage, 3)
           const committing = yield* stage.net.cut({ text: "COMMIT", process: "worker 1", at, silent: true })
           const key = crypto.randomUUID()
           const paid = yield* stage.here(Pay.enqueue({ key, millis: 50, fails: 0 }))
@@ -207,9 +211,7 @@ scenarios("shutdown", (scenario) => {
               (count) => count === 1
             )
           )
-          yield* untilStartedBy(stage, heir, ids.length)
-          yield* cancel(stage, ids)
-          assert.strictEqual((yield* heir.end()).code, 0, heir.output())
+          yield* inherits(stage, heir, ids)
         }
         const counts = yield* stage.finish()
         for (const took of exits) assert.isBelow(took, limit(timing.gracePeriod + 5000))

@@ -95,14 +95,13 @@ scenarios("a soak", (scenario) => {
           within: 60_000
         }
       )
-      const slopes = measured.map((actor) => slopeOf(memoryOf(actor, warm)) * 3_600_000 / 1024 / 1024)
+      const memory = measured.map((actor) => memoryOf(actor, warm))
+      const slopes = memory.map((samples) => slopeOf(samples) * 3_600_000 / 1024 / 1024)
       const opened = measured.map((actor) => Math.max(...files.get(actor)!) - Math.min(...files.get(actor)!))
       const third = Math.ceil(tables.length / 3)
       const grown = Math.max(...tables.slice(-third)) / Math.max(...tables.slice(0, third))
       const counts = yield* stage.finish({ within: 120_000 })
-      const said = measured.map((actor) =>
-        memoryOf(actor, warm).map(([, size]) => (size / 1024 / 1024).toFixed(1)).join(" ")
-      )
+      const said = memory.map((samples) => samples.map(([, size]) => (size / 1024 / 1024).toFixed(1)).join(" "))
       assert.isBelow(Math.max(...slopes), 1, `MiB an hour: ${slopes.join(" ")}\n${said.join("\n")}`)
       assert.isBelow(grown, 1.5, "tables of the line")
       return {
