@@ -6,7 +6,11 @@
  * npm run faults -- D4 "C6"           # some, by name
  * npm run faults -- --repeat 5        # everything five times
  * npm run faults -- D4 --write        # one again, in the place of what it measured before
+ * npm run faults -- --from a.json     # everything once, and what runs before it have said
  * ```
+ *
+ * Five repetitions take hours: each run keeps its results in a file whose name it says, and `--repeat 0 --from a.json --from
+ * b.json` is the page of some that were run at different times.
  */
 import { spawnSync } from "node:child_process"
 import { mkdtempSync, readFileSync, writeFileSync } from "node:fs"
@@ -17,16 +21,22 @@ import { parseArgs } from "node:util"
 interface Result {
   readonly name: string
   readonly state: "passed" | "failed" | "skipped" | "pending"
+  readonly seconds: number
   readonly figures: Readonly<Record<string, string | number>>
 }
 
 const { positionals: ids, values } = parseArgs({
   allowPositionals: true,
-  options: { repeat: { type: "string", default: "1" }, write: { type: "boolean", default: false } }
+  options: {
+    repeat: { type: "string", default: "1" },
+    write: { type: "boolean", default: false },
+    from: { type: "string", multiple: true, default: [] }
+  }
 })
 const home = join(import.meta.dirname, "..", "..")
-const results: Array<ReadonlyArray<Result>> = []
-const begun = performance.now()
+// Sound: what the configuration of these tests writes.
+const resultsOf = (file: string) => JSON.parse(readFileSync(file, "utf8")) as ReadonlyArray<Result>
+const results: Array<ReadonlyArray<Result>> = values.from.map(resultsOf)
 
 for (let round = 1; round <= Number(values.repeat); round++) {
   const out = join(mkdtempSync(join(tmpdir(), "faults-")), "results.json")
@@ -43,8 +53,8 @@ for (let round = 1; round <= Number(values.repeat); round++) {
     { cwd: home, stdio: "inherit", env: { ...process.env, FAULTS: "full", FAULTS_RESULTS: out } }
   )
   if (status !== 0) process.exitCode = 1
-  // Sound: what the configuration of these tests writes.
-  const all = JSON.parse(readFileSync(out, "utf8")) as ReadonlyArray<Result>
+  const all = resultsOf(out)
+  process.stdout.write(`\nresults: ${out}\n`)
   // Some were not asked for; of all, those that were skipped cannot be played on this machine.
   results.push(ids.length === 0 ? all : all.filter(({ state }) => state !== "skipped"))
 }
@@ -78,9 +88,11 @@ const rows = names.map((name) => {
 })
 const today = new Date().toISOString().slice(0, 10)
 const times = results.length === 1 ? "once" : `${results.length} times`
-const minutes = Math.round((performance.now() - begun) / 60_000)
+const minutes = results.map((round) => Math.round(round.reduce((sum, { seconds }) => sum + seconds, 0) / 60))
 const report = [
-  `The last run: ${today}, ${times}, ${minutes} minutes, on ${cpus().length} cores. Numbers without a unit are milliseconds, and the largest of all runs.`,
+  `The last run: ${today}, ${times}, ${Math.max(...minutes)} minutes${
+    results.length === 1 ? "" : " each"
+  }, on ${cpus().length} cores. Numbers without a unit are milliseconds, and the largest of all runs.`,
   "",
   "| | what happens | passed | measured |",
   "| - | - | - | - |",

@@ -17,6 +17,7 @@ const figures: Reporter = {
       [...module.children.allTests()].map((test) => ({
         name: test.name,
         state: test.result().state,
+        seconds: Math.round((test.diagnostic()?.duration ?? 0) / 1000),
         figures: test.meta().figures ?? {}
       }))
     )

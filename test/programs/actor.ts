@@ -14,7 +14,7 @@ import * as Schema from "effect/Schema"
 import * as SqlClient from "effect/sql/SqlClient"
 import { isSqlError, type SqlError } from "effect/sql/SqlError"
 import { randomUUID } from "node:crypto"
-import { setFlagsFromString } from "node:v8"
+import { getHeapSpaceStatistics, setFlagsFromString } from "node:v8"
 import { runInNewContext } from "node:vm"
 import { CronScheduler, Job, JobQueue, type JobQueueError, Worker } from "../../src/index.ts"
 import type * as Queue from "../../src/JobQueue.ts"
@@ -58,7 +58,7 @@ export interface ActorProgram {
   readonly millis?: readonly [number, number]
   /** It goes on when a promise is rejected, or an error thrown, and nobody was there to hear of it. */
   readonly forgiving?: boolean
-  /** It says how much memory it needs, once everything else has been collected, every ten seconds. */
+  /** It says every ten seconds how much memory it needs once everything else has been collected, first without compiled code. */
   readonly tellsMemory?: boolean
   /** How many schedules a scheduler declares, each for every second. */
   readonly schedules?: number
@@ -215,7 +215,9 @@ const tellMemory = () => {
   setInterval(() => {
     collect()
     const { external, heapUsed } = process.memoryUsage()
-    console.log(`memory ${Date.now()} ${heapUsed + external}`)
+    const compiled = getHeapSpaceStatistics().filter(({ space_name }) => /code|trusted/.test(space_name))
+      .reduce((sum, { space_used_size }) => sum + space_used_size, 0)
+    console.log(`memory ${Date.now()} ${heapUsed + external - compiled} ${heapUsed + external}`)
   }, 10_000).unref()
 }
 
