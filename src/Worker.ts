@@ -199,7 +199,7 @@ const start = Effect.fnUntraced(function*(
     })
   }
   // Stored with the worker, at every start: what the database could not hold would be tried again and again.
-  const problem = Enqueue.problemOfName("name", options.name ?? "worker", 200) ??
+  const problem = Enqueue.problemOfName("name", settings.name, 200) ??
     settings.queues.map(([name]) => Enqueue.problemOfName("queue", name, 128)).find(Predicate.isString) ??
     [...router.kinds, ...router.prefixes.filter((prefix) => prefix !== "")].map((kind) =>
       Enqueue.problemOfName("kind", kind, 200)
@@ -231,7 +231,6 @@ const start = Effect.fnUntraced(function*(
     ...settings,
     // Without LISTEN a cancellation is heard of by looking.
     heartbeat: queue.mode === "listen" ? settings.heartbeat : Math.min(settings.heartbeat, settings.pollInterval),
-    name: options.name ?? "worker",
     context,
     router,
     // Sound: what the middleware needs, the public types require of the context that every run is given.
@@ -266,6 +265,7 @@ const resolveOptions = Effect.fnUntraced(function*(
       ? otherwise
       : Option.match(Duration.fromInput(input), { onNone: () => NaN, onSome: Duration.toMillis })
   const settings = {
+    name: options.name ?? "worker",
     queues,
     gracePeriod: millis(options.gracePeriod, 20_000),
     pollInterval: millis(options.pollInterval, mode === "listen" ? 5000 : 1000),

@@ -317,6 +317,33 @@ describe("a scheduler", () => {
       }
     })))
 
+  it.live("is on time while it makes up tens of thousands of missed ticks, and lets others run", () =>
+    withQueue(Effect.gen(function*() {
+      yield* rows(
+        `insert into pgqueue.schedule (name, spec, time_zone, kind, next_at, missed)
+         select 'late ' || n, '* * * * *', 'Europe/Berlin', 'k', date_trunc('minute', clock_timestamp() - interval '2 days'), 500
+         from generate_series(1, 40) n`
+      )
+      let stoodStill = 0
+      yield* Effect.forkScoped(Effect.forever(Effect.gen(function*() {
+        const begun = yield* now
+        yield* Effect.sleep(20)
+        stoodStill = Math.max(stoodStill, (yield* now) - begun - 20)
+      })))
+      yield* scheduling([everySecond("free")])
+      yield* untilTicks("free", 4)
+      assert.isBelow(Math.max(...(yield* lateness("free"))), 4000)
+      yield* untilValue("select count(*)::int from pgqueue.job where kind = 'k'", 20_000, {
+        // Counting is work too: looked at without a pause, it took most of the server from what it waits for.
+        every: 500,
+        within: 50_000
+      })
+      assert.isBelow(stoodStill, 1000)
+    })))
+})
+
+// Together: they wait for others to let go.
+describe.concurrent("a scheduler, while somebody holds what it needs,", () => {
   it.live("is on time with the others while a stranger has a schedule locked, and does not ask all the time", () =>
     withQueue(Effect.gen(function*() {
       const proxy = yield* makeProxy(yield* databaseUrl)
@@ -362,30 +389,6 @@ describe("a scheduler", () => {
       assert.strictEqual(yield* value("select count(*)::int from pgqueue.job where kind = 'k'"), 0)
       yield* leave
       yield* untilValue("select count(*)::int from pgqueue.job where kind = 'k'", 300)
-    })))
-
-  it.live("is on time while it makes up tens of thousands of missed ticks, and lets others run", () =>
-    withQueue(Effect.gen(function*() {
-      yield* rows(
-        `insert into pgqueue.schedule (name, spec, time_zone, kind, next_at, missed)
-         select 'late ' || n, '* * * * *', 'Europe/Berlin', 'k', date_trunc('minute', clock_timestamp() - interval '2 days'), 500
-         from generate_series(1, 40) n`
-      )
-      let stoodStill = 0
-      yield* Effect.forkScoped(Effect.forever(Effect.gen(function*() {
-        const begun = yield* now
-        yield* Effect.sleep(20)
-        stoodStill = Math.max(stoodStill, (yield* now) - begun - 20)
-      })))
-      yield* scheduling([everySecond("free")])
-      yield* untilTicks("free", 4)
-      assert.isBelow(Math.max(...(yield* lateness("free"))), 4000)
-      yield* untilValue("select count(*)::int from pgqueue.job where kind = 'k'", 20_000, {
-        // Counting is work too: looked at without a pause, it took most of the server from what it waits for.
-        every: 500,
-        within: 50_000
-      })
-      assert.isBelow(stoodStill, 1000)
     })))
 
   it.live("that starts while a stranger has a schedule locked that is to be written fires and writes the others", () =>
@@ -464,7 +467,7 @@ describe("a scheduler", () => {
     })))
 })
 
-describe("a row that is invalid", () => {
+describe.concurrent("a row that is invalid", () => {
   it.live("stops alone, with a problem that is seen, and goes on when it is mended and resumed", () =>
     withQueue(Effect.gen(function*() {
       const { layer, logged } = listening()
@@ -531,7 +534,7 @@ describe("a row that is invalid", () => {
     })))
 })
 
-describe("overlap", () => {
+describe.concurrent("overlap", () => {
   /** Starts and ends by the database's clock, in milliseconds. */
   const working = Effect.fnUntraced(function*(millis: number) {
     yield* running(
@@ -612,7 +615,7 @@ describe("overlap", () => {
     })))
 })
 
-describe("people", () => {
+describe.concurrent("people", () => {
   it.live("see a schedule as it is", () =>
     withQueue(Effect.gen(function*() {
       yield* CronScheduler.schedule(CronScheduler.make("report", {
@@ -867,7 +870,7 @@ describe("what is wrong with a schedule", () => {
     })))
 })
 
-describe("code and rows", () => {
+describe.concurrent("code and rows", () => {
   it.live("times that stay keep an overdue tick over a deploy; the higher version has its way", () =>
     withQueue(Effect.gen(function*() {
       const { layer, logged } = listening()

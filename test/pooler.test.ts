@@ -309,6 +309,33 @@ const recovery = Effect.fnUntraced(function*(what: string) {
   return yield* until(what, Effect.map(completed, (n) => n > before + 20), { within: 15_000 })
 })
 
+/** Two workers and a producer behind a pooler, under load. */
+const underLoad = Effect.fnUntraced(function*(settings?: Parameters<typeof makePgBouncer>[1]) {
+  const names = ["one", "two"]
+  const url = yield* databaseUrl
+  const pooler = yield* makePgBouncer(url, settings)
+  yield* watchEnds
+  const workers = yield* Effect.forEach(
+    names,
+    (name) =>
+      startWorker({ url: pooler.through(url), ledgerUrl: url, name, concurrency: 10, ...timing, lease: 15_000 }),
+    { concurrency: 2 }
+  )
+  const { context } = yield* queueAt(pooler.through(url))
+  const { acknowledged, refused, stop } = yield* producing(context)
+  yield* recovery("it is under load")
+  /** The producer stops, all jobs end, once each, and the workers are still there. */
+  const stopsWell = Effect.gen(function*() {
+    yield* stop
+    yield* untilAllEnded({ within: 30_000 })
+    yield* Effect.logInfo("acknowledged", acknowledged.length, "refused", refused())
+    for (const worker of workers) assert.isTrue(worker.running(), worker.output())
+    yield* nothingLost(acknowledged)
+    yield* nothingLeft([...names, "pooled"])
+  })
+  return { context, pooler, stopsWell, url }
+})
+
 describe.skipIf(pgbouncerBinary === undefined)("PgBouncer in transaction mode", () => {
   it.live("loses nothing: workers that die, sessions that are terminated", () =>
     Effect.gen(function*() {
@@ -363,20 +390,7 @@ describe.skipIf(pgbouncerBinary === undefined)("PgBouncer in transaction mode", 
 
   it.live("may pause, read its settings again, crash and come back under load", () =>
     withQueue(Effect.gen(function*() {
-      const names = ["one", "two"]
-      const url = yield* databaseUrl
-      const pooler = yield* makePgBouncer(url)
-      yield* watchEnds
-      const workers = yield* Effect.forEach(
-        names,
-        (name) =>
-          startWorker({ url: pooler.through(url), ledgerUrl: url, name, concurrency: 10, ...timing, lease: 15_000 }),
-        { concurrency: 2 }
-      )
-      const { context } = yield* queueAt(pooler.through(url))
-      const { acknowledged, refused, stop } = yield* producing(context)
-      yield* recovery("it is under load")
-
+      const { pooler, stopsWell } = yield* underLoad()
       yield* pooler.pause
       yield* Effect.sleep(4000)
       yield* pooler.resume
@@ -388,30 +402,17 @@ describe.skipIf(pgbouncerBinary === undefined)("PgBouncer in transaction mode", 
       yield* pooler.start
       took.push(yield* recovery("after a crash"))
 
-      yield* stop
-      yield* untilAllEnded({ within: 30_000 })
-      yield* Effect.logInfo("milliseconds to recover", took, "acknowledged", acknowledged.length, "refused", refused())
       assert.isBelow(Math.max(...took), 6000, took.map(Math.round).join(" "))
-      for (const worker of workers) assert.isTrue(worker.running(), worker.output())
-      yield* nothingLost(acknowledged)
-      yield* nothingLeft([...names, "pooled"])
+      yield* stopsWell
     })), 90_000)
 
   it.live("may have no connection to lend for a while", () =>
     withQueue(Effect.gen(function*() {
-      const names = ["one", "two"]
-      const url = yield* databaseUrl
-      const pooler = yield* makePgBouncer(url, { default_pool_size: 3, query_wait_timeout: 1, server_idle_timeout: 1 })
-      yield* watchEnds
-      const workers = yield* Effect.forEach(
-        names,
-        (name) =>
-          startWorker({ url: pooler.through(url), ledgerUrl: url, name, concurrency: 10, ...timing, lease: 15_000 }),
-        { concurrency: 2 }
-      )
-      const { context } = yield* queueAt(pooler.through(url))
-      const { acknowledged, refused, stop } = yield* producing(context)
-      yield* recovery("it is under load")
+      const { context, pooler, stopsWell, url } = yield* underLoad({
+        default_pool_size: 3,
+        query_wait_timeout: 1,
+        server_idle_timeout: 1
+      })
       // Somebody else has taken all of them.
       const strangers = yield* Effect.forEach([1, 2, 3], () =>
         Effect.forkChild(Effect.ignoreCause(Effect.scoped(Effect.gen(function*() {
@@ -421,20 +422,13 @@ describe.skipIf(pgbouncerBinary === undefined)("PgBouncer in transaction mode", 
           yield* session.query("commit")
         })))))
       yield* Effect.forEach(strangers, Fiber.join)
-      const took = yield* recovery("when they are given back")
-      yield* stop
-      yield* untilAllEnded({ within: 30_000 })
+      assert.isBelow(yield* recovery("when they are given back"), 6000)
+      yield* stopsWell
       // Idle ones are closed under it.
       yield* Effect.sleep(1500)
       const last = yield* Effect.provideContext(Step.enqueue({ millis: 1 }), context)
       yield* untilAllEnded({ within: 10_000 })
+      yield* nothingLost([last.id])
       assert.match(yield* pooler.log, /query_wait_timeout/)
-      yield* Effect.logInfo("milliseconds to recover", took, "acknowledged", acknowledged.length, "refused", refused())
-      assert.isBelow(took, 6000)
-      for (const worker of workers) {
-        assert.isTrue(worker.running(), worker.output())
-      }
-      yield* nothingLost([...acknowledged, last.id])
-      yield* nothingLeft([...names, "pooled"])
     })), 90_000)
 })

@@ -4,6 +4,7 @@ import { Cause, Effect, Fiber, Option } from "effect"
 import { SqlClient } from "effect/sql"
 import { Admin } from "../src/index.ts"
 import { type ChaosProgram, Paid, Plain, Rare } from "./programs/chaos.ts"
+import { long } from "./support/long.ts"
 import { type Program, startProgram } from "./support/processes.ts"
 import {
   allInPlace,
@@ -17,7 +18,6 @@ import {
   withQueue
 } from "./support/queue.ts"
 
-const long = process.env["LONG"] !== undefined
 const seconds = long ? 110 : 4
 
 /** How long somebody waits for a result, in milliseconds. */

@@ -3,6 +3,7 @@ import { assert, describe, it } from "@effect/vitest"
 import { Effect } from "effect"
 import { Flaky, Step } from "./programs/jobs.ts"
 import { makeLink, type Strike } from "./support/link.ts"
+import { long } from "./support/long.ts"
 import { startWorker } from "./support/processes.ts"
 import {
   allInPlace,
@@ -22,7 +23,7 @@ import { statements } from "./support/wire.ts"
 
 const timing = { heartbeat: 300, lease: 2000, rescueInterval: 500 }
 const total = 60
-const rounds = process.env["LONG"] === undefined ? 1 : 50
+const rounds = long ? 50 : 1
 
 /** By what the requests of a worker are known on a link. */
 const { claim, settle } = statements

@@ -2,10 +2,9 @@
 import { assert, describe, it } from "@effect/vitest"
 import { Deferred, Effect, Random } from "effect"
 import type { SchedulerProgram } from "./programs/scheduler.ts"
+import { long } from "./support/long.ts"
 import { type Program, startProgram } from "./support/processes.ts"
 import { assertRows, databaseUrl, now, quantile, rows, until, untilValue, value, withQueue } from "./support/queue.ts"
-
-const long = process.env["LONG"] !== undefined
 
 const startScheduler = (options: SchedulerProgram) => startProgram("scheduler.ts", options)
 

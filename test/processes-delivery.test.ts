@@ -2,6 +2,7 @@
 import { assert, describe, it } from "@effect/vitest"
 import { Effect } from "effect"
 import { Count, Step } from "./programs/jobs.ts"
+import { long } from "./support/long.ts"
 import { startWorker } from "./support/processes.ts"
 import {
   allInPlace,
@@ -15,10 +16,8 @@ import {
   withQueue
 } from "./support/queue.ts"
 
-const scale = Number(process.env["SCALE"] ?? 1)
-
 describe("four worker processes", () => {
-  const total = 200_000 * scale
+  const total = long ? 200_000 : 50_000
 
   it.live(`start each of ${total} jobs exactly once`, () =>
     withQueue(Effect.gen(function*() {

@@ -2,6 +2,7 @@
 import { assert, describe, it } from "@effect/vitest"
 import { Effect, Fiber } from "effect"
 import { Step } from "./programs/jobs.ts"
+import { long } from "./support/long.ts"
 import { keepWorker } from "./support/processes.ts"
 import {
   allInPlace,
@@ -24,7 +25,7 @@ const lease = 2000
 const timing = { heartbeat: 300, lease, rescueInterval: 500 }
 
 describe("a fleet of four worker processes", () => {
-  const kills = process.env["LONG"] === undefined ? 3 : 30
+  const kills = long ? 30 : 3
 
   it.live(
     `loses no job and ends none twice while one of them is killed, ${kills} times`,

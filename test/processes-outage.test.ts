@@ -4,6 +4,7 @@ import { Context, Effect, Fiber, Layer } from "effect"
 import { Count, Step } from "./programs/jobs.ts"
 import { ownServer } from "./support/database.ts"
 import { Ledger } from "./support/ledger.ts"
+import { long } from "./support/long.ts"
 import { startWorker } from "./support/processes.ts"
 import {
   allInPlace,
@@ -19,8 +20,6 @@ import {
   watchEnds,
   withQueue
 } from "./support/queue.ts"
-
-const long = process.env["LONG"] !== undefined
 
 describe("a server that crashes under load", () => {
   const forgotten = long ? 20 : 1

@@ -69,7 +69,7 @@ describe.concurrent("a job that", () => {
   }
 })
 
-describe("five jobs that kill any process", () => {
+describe.concurrent("five jobs that kill any process", () => {
   it.live(
     "end discarded in a fleet of four, which completes everything else",
     () =>

@@ -2,10 +2,11 @@
 import { assert, describe, it } from "@effect/vitest"
 import { Effect } from "effect"
 import { Pay } from "./programs/payer.ts"
+import { long } from "./support/long.ts"
 import { startProgram } from "./support/processes.ts"
 import { allInPlace, assertRows, databaseUrl, rows, until, untilAllEnded, value, withQueue } from "./support/queue.ts"
 
-const kills = process.env["LONG"] === undefined ? 5 : 50
+const kills = long ? 50 : 5
 
 /** In one snapshot: jobs that have ended and have not paid twice, or have paid and not ended. */
 const torn = `select coalesce(f.id, p.job)::text as job, f.status, p.parts from pgqueue.finished f

@@ -2,14 +2,15 @@
 import { assert, layer } from "@effect/vitest"
 import { Effect } from "effect"
 import * as Store from "../src/Store.ts"
+import { long } from "./support/long.ts"
 import { now, quantile } from "./support/queue.ts"
 import { claimOptions, entry, jobs, query, rule, session, Storage, value, worker } from "./support/storage.ts"
 
 const workers = 32
-const count = process.env["LONG"] === undefined ? 6000 : 100_000
 
 layer(Storage.layer, { excludeTestServices: true })("32 workers with one slot each", (it) => {
   for (const limit of [1, 10, 100]) {
+    const count = long ? 100_000 : limit === 1 ? 2000 : 6000
     it.effect(
       `claim everything once and settle it once: ${limit} at a time`,
       rule(Effect.gen(function*() {

@@ -6,8 +6,7 @@ import { Cron as Croner } from "croner"
 import { Result } from "effect"
 import { assert, describe, it } from "vitest"
 import * as Ticks from "../src/Ticks.ts"
-
-const long = process.env["LONG"] !== undefined
+import { long } from "./support/long.ts"
 
 const minute = 60_000
 const hour = 60 * minute
@@ -350,11 +349,12 @@ describe.each(zones)("%s", (zone) => {
   }
 
   it("follows the rule around every change of the clocks", () => {
-    for (const expression of expressions) {
+    for (const [n, expression] of expressions.entries()) {
       const ticks = ticksOf(expression, zone)
       const fields = fieldsOf(expression)
       const [overlap, gap] = fields.rhythm ? ["both", "skip"] as const : ["earlier", "move"] as const
-      for (const window of windows) {
+      for (const [k, window] of windows.entries()) {
+        if (!long && (k + n) % 2 !== 0) continue
         const part = around(window, expression)
         assertEqual(ours(ticks, part.from, part.to), byRule(part, fields, overlap, gap), `${expression} in ${zone}`)
       }

@@ -7,9 +7,8 @@ import * as Database from "../src/Database.ts"
 import { Job, Worker } from "../src/index.ts"
 import { clientLayer, makeDatabase } from "./support/database.ts"
 import { Ledger } from "./support/ledger.ts"
+import { long } from "./support/long.ts"
 import { allInPlace, assertRows, rows, running, untilAllEnded, untilValue, value, withQueue } from "./support/queue.ts"
-
-const scale = Number(process.env["SCALE"] ?? 1)
 
 class Note extends Job.make("note", { payload: { n: Schema.Number } }) {}
 
@@ -27,7 +26,7 @@ const eavesdrop = Effect.gen(function*() {
 })
 
 describe("enqueue inside sql.withTransaction", () => {
-  const total = Math.round(20_000 * scale)
+  const total = long ? 20_000 : 6000
 
   it.live(`counts exactly: ${total} enqueues, 30 % rolled back, 10 % in a savepoint that is`, () =>
     withQueue(

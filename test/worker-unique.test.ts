@@ -3,6 +3,7 @@ import { assert, describe, it } from "@effect/vitest"
 import { Context, Deferred, Effect, Exit, Fiber, Layer, Schema } from "effect"
 import { SqlClient } from "effect/sql"
 import { Job, JobQueue, Worker } from "../src/index.ts"
+import { long } from "./support/long.ts"
 import {
   allInPlace,
   assertRows,
@@ -15,8 +16,6 @@ import {
   value,
   withQueue
 } from "./support/queue.ts"
-
-const scale = Number(process.env["SCALE"] ?? 1)
 
 class Visit extends Job.make("visit", { payload: { key: Schema.String }, unique: ({ key }) => key }) {}
 class Plain extends Job.make("plain") {}
@@ -32,7 +31,7 @@ const processes = (count: number) =>
     ))
 
 describe("64 clients on 100 unique keys", () => {
-  const total = Math.round(50_000 * scale)
+  const total = long ? 50_000 : 15_000
 
   it.live(
     `leave one holder a key after ${total} enqueues, and tell each loser who it is`,

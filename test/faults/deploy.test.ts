@@ -128,7 +128,7 @@ scenarios("a deploy", (scenario) => {
         let left = 0
         // Inside a transaction nothing more comes of it that an answer is still on its way.
         const at = ["lost", "sent"] as const
-        for (let nth = 1; nth < 200; nth += full ? 2 : 9) {
+        for (let nth = 1; nth < 200; nth += full ? 2 : 15) {
           // The library itself goes on after a cut.
           const { url } = yield* makeDatabase(victim.url)
           const hit = yield* net.cut({ text: "", process: "cut", nth, at: at[(nth >> 1) % 2]! })

@@ -213,22 +213,24 @@ scenarios("NOTIFY", (scenario) => {
             )
             return done / ((yield* now) - begun) * 1000
           })
-        const millis = 3000
-        yield* measure(notifying, millis)
-        yield* measure(silent, millis)
+        const millis = 1000
+        yield* measure(notifying, 3 * millis)
+        yield* measure(silent, 3 * millis)
         const rates: Record<"on" | "off", Array<number>> = { on: [], off: [] }
         const before = heard.length
-        for (let round = 0; round < (full ? 7 : 3); round++) {
+        for (let round = 0; round < 30; round++) {
           rates.on.push(yield* measure(notifying, millis))
           rates.off.push(yield* measure(silent, millis))
         }
         const told = heard.length - before
-        const jobs = rates.on.reduce((a, b) => a + b) * millis / 1000
         yield* stage.rows("truncate pgqueue.job, pgqueue.ready")
         yield* stage.finish()
-        const [on, off] = [quantile(rates.on, 0.5), quantile(rates.off, 0.5)]
+        // All rounds together, each beside its other one: the machine is not as fast in one minute as in the next.
+        const mean = (all: ReadonlyArray<number>) => all.reduce((a, b) => a + b) / all.length
+        const [on, off] = [mean(rates.on), mean(rates.off)]
         const loss = (1 - on / off) * 100
         assert.isBelow(loss, 15, JSON.stringify(rates))
+        const jobs = on * rates.on.length * millis / 1000
         assert.isBelow(told, jobs / 2)
         return {
           on: `${Math.round(on)}/s`,

@@ -233,18 +233,20 @@ scenarios("the server", (scenario) => {
       )
       const worker = yield* stage.worker("worker")
       const enqueue = (fails: number) => Pay.enqueue({ key: crypto.randomUUID(), millis: 1200, fails })
-      // The handler's transaction has a limit of its own, the lease.
-      yield* Effect.provideContext(Effect.all([enqueue(0), enqueue(1)]), stage.services)
       // A session that ends in the middle of a handler's transaction is a failed attempt.
       yield* Effect.provideContext(enqueue(0), stage.services)
       yield* until(
-        "they run",
-        Effect.map(stage.recorded("select count(*)::int from ledger where phase = 'start'"), (n) => n >= 3)
+        "its session is lost",
+        Effect.map(
+          stage.rows(
+            `select pg_terminate_backend(pid) from pg_stat_activity
+             where ${theirs} and state = 'idle in transaction' and query like '%paid%'`
+          ),
+          (lost) => lost.length > 0
+        )
       )
-      const [lost] = yield* stage.rows<{ pid: number }>(
-        `select pid from pg_stat_activity where ${theirs} and state = 'idle in transaction' and query like '%paid%' limit 1`
-      )
-      yield* stage.rows("select pg_terminate_backend($1::int)", [lost!.pid])
+      // The handler's transaction has a limit of its own, the lease.
+      yield* Effect.provideContext(Effect.all([enqueue(0), enqueue(1)]), stage.services)
       // And the application's own transaction is its own.
       const mine = yield* Effect.exit(Effect.scoped(
         Effect.gen(function*() {

@@ -134,13 +134,13 @@ scenarios("shutdown", (scenario) => {
       // It is not forgotten: it comes back as after a crash.
       const lost = yield* now
       yield* untilStartedBy(stage, heir, 1)
-      const again = (yield* now) - lost
+      const elsewhere = (yield* now) - lost
       yield* cancel(stage, [id])
       yield* heir.kill("SIGKILL")
       yield* heir.ended
       const counts = yield* stage.finish()
-      assert.isBelow(again, rescuedWithin)
-      return { ...counts, exit: took, again }
+      assert.isBelow(elsewhere, rescuedWithin)
+      return { ...counts, exit: took, elsewhere }
     }))
 
   const gone = {

@@ -44,8 +44,8 @@ export interface Actor extends Program {
   readonly died: Effect.Effect<Ended>
   /** Kills it, or freezes it, within a callback. */
   readonly strike: (signal: NodeJS.Signals) => void
-  /** Whether somebody has told it to end, or killed it. */
-  readonly told: () => boolean
+  /** Whether it may have ended: somebody has told it to, or killed it, or it is one that is started again. */
+  readonly mayEnd: () => boolean
   /** Freezes it, in the current scope. */
   readonly frozen: Effect.Effect<void, never, Scope.Scope>
   /** Tells it to end and returns how it did, and how long that took in milliseconds. */
@@ -69,10 +69,9 @@ type Settings = Partial<Omit<ActorProgram, "role" | "name">> & {
   readonly through?: ReadonlyArray<string>
 }
 
-const actorOf = (name: string, program: Program): Actor => {
-  let told = false
+const actorOf = (name: string, program: Program, mayEnd = false): Actor => {
   const tell = (signal: NodeJS.Signals) => {
-    told ||= signal !== "SIGSTOP" && signal !== "SIGCONT"
+    mayEnd ||= signal !== "SIGSTOP" && signal !== "SIGCONT"
   }
   return {
     ...program,
@@ -84,7 +83,7 @@ const actorOf = (name: string, program: Program): Actor => {
     },
     boot: `${name} ${program.pid}`,
     died: Effect.tap(program.ended, () => Effect.sync(() => tell("SIGKILL"))),
-    told: () => told,
+    mayEnd: () => mayEnd,
     frozen: Effect.asVoid(Effect.acquireRelease(program.kill("SIGSTOP"), () => program.kill("SIGCONT"))),
     end: Effect.fnUntraced(function*(signal = "SIGTERM") {
       const told = yield* now
@@ -137,8 +136,6 @@ export const makeStage = Effect.fnUntraced(function*(options: StageOptions = {})
   const actors: Array<Actor> = []
   /** Those who start processes again: not once they are to stop. */
   const keepers: Array<() => void> = []
-  /** What they have started, and may end as it likes. */
-  const mortals = new Set<Actor>()
   /** Faults so far that the server has forgotten claims in. */
   const crashes: Array<string> = []
 
@@ -180,9 +177,8 @@ export const makeStage = Effect.fnUntraced(function*(options: StageOptions = {})
   ) {
     let current: Actor | undefined
     const keeper = yield* keepProgram("actor.ts", programOf("worker", name, settings), nodeOptions, (program) => {
-      current = actorOf(name, program)
+      current = actorOf(name, program, true)
       actors.push(current)
-      mortals.add(current)
     })
     keepers.push(keeper.letGo)
     return { current: () => current!, ends: keeper.ends } satisfies KeptActor
@@ -362,7 +358,7 @@ export const makeStage = Effect.fnUntraced(function*(options: StageOptions = {})
       )
     for (const actor of actors) {
       assert.isTrue(
-        actor.running() || actor.told() || mortals.has(actor),
+        actor.running() || actor.mayEnd(),
         `${actor.name} has ended:\n${actor.output()}`
       )
     }

@@ -19,7 +19,7 @@ const transaction = Effect.fnUntraced(function*(stage: Stage, millis: number, ..
 }, Effect.scoped)
 
 scenarios("users", (scenario) => {
-  const held = full ? 10_000 : 3000
+  const held = full ? 10_000 : 1500
 
   scenario(
     "U1",
