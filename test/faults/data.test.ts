@@ -319,7 +319,7 @@ scenarios("data", (scenario) => {
       }
     }))
 
-  scenario("I3", "payloads up to the limit, and rows past it", { short: true }, (stage) =>
+  scenario("I3", "payloads up to the limit, and rows past it", {}, (stage) =>
     Effect.gen(function*() {
       const mebibyte = 1024 * 1024
       const seen = new Map<string, number>()

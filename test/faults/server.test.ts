@@ -61,7 +61,7 @@ scenarios("the server", (scenario) => {
     (stage) =>
       Effect.gen(function*() {
         const { producers, schedulers, workers } = yield* stage.fleet()
-        const rounds = full ? 20 : 3
+        const rounds = full ? 20 : 2
         yield* stage.during(
           "terminating",
           Effect.gen(function*() {
@@ -319,7 +319,7 @@ scenarios("the server, of many kinds", (scenario) => {
     scenario(
       `D14 ${level}`,
       "transactions are of this level by default",
-      { short: level === "serializable" },
+      {},
       (stage) =>
         Effect.gen(function*() {
           yield* stage.rows(

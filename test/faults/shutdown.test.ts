@@ -343,7 +343,7 @@ scenarios("shutdown", (scenario) => {
   scenario(
     "C11",
     "a worker is told to stop twice, and a third time",
-    { short: true },
+    {},
     (stage) =>
       Effect.gen(function*() {
         const settings = { gracePeriod: 60_000 }
