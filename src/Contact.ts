@@ -8,6 +8,7 @@ import * as Clock from "effect/Clock"
 import * as Effect from "effect/Effect"
 import * as Bounded from "./Bounded.ts"
 import * as Episode from "./Episode.ts"
+import * as Report from "./Report.ts"
 import type * as Store from "./Store.ts"
 
 /** How far the database's clock may be from where it is expected, in milliseconds, for anybody to be declared dead. */
@@ -81,7 +82,7 @@ export const make = (): Contact => {
 
 /** Says that the clock was moved. */
 export const reportMove = (moved: number, wait: number): Effect.Effect<void> =>
-  Effect.logWarning(
+  Report.warning(
     `effect-pgqueue: the database's clock was moved by ${
       (moved / 1000).toFixed(1)
     } s; this process declares nobody dead for ${Math.round(wait / 1000)} s`

@@ -313,7 +313,8 @@ export const fitting = <A>(rows: ReadonlyArray<A>, most: number, textOf: (row: A
  */
 export const sqlState = (error: SqlError): string | undefined => {
   const cause = error.reason.cause
-  return Predicate.hasProperty(cause, "code") && Predicate.isString(cause.code) && /^[0-9A-Z]{5}$/.test(cause.code)
+  // No class of them begins with E, and Node's EPIPE has as many letters.
+  return Predicate.hasProperty(cause, "code") && Predicate.isString(cause.code) && /^(?!E)[0-9A-Z]{5}$/.test(cause.code)
     ? cause.code
     : undefined
 }
@@ -371,7 +372,7 @@ export const isTransient = (error: unknown): boolean => {
   }
   if (state === "08P01") return isPoolerOutage(error.reason.cause)
   return state === alreadyEnded ||
-    /^(08|40|53|58|57P|57014|55P03|25006|25P0[23]|XX000|0A000|26000)/.test(state)
+    /^(08|40|53|58|57P|57014|55000|55P03|25006|25P0[234]|XX000|0A000|26000)/.test(state)
 }
 
 /**
@@ -394,6 +395,11 @@ export const isConnectionLoss = (error: unknown): boolean =>
  * Returns `true` when the role of the client may not do this: nothing but a grant mends it.
  */
 export const isDenied = (error: unknown): error is SqlError => isSqlError(error) && sqlState(error) === "42501"
+
+/**
+ * Returns `true` when a session may only read.
+ */
+export const isReadOnly = (error: SqlError): boolean => sqlState(error) === "25006"
 
 /**
  * Returns `true` when the server gave up a statement because it took too long.

@@ -110,7 +110,8 @@ export interface HandlerOptions {
    *
    * The transaction is READ COMMITTED, is rolled back when the handler fails, is stopped or has lost its job, and may be
    * idle between two statements for the worker's lease time, or the job's `timeout` if that is longer. It holds one
-   * connection of the application's pool for as long as the handler runs.
+   * connection of the application's pool for as long as the handler runs. It must not `commit` or `rollback` by SQL, and
+   * after a `set local role` that role must be one that may settle.
    */
   readonly transactional?: boolean | undefined
 }
@@ -173,6 +174,10 @@ export const make = (
     resolve: jobs.one
   }
 
+  /** An id may come from anywhere: what ended as another kind has no result of this one. */
+  const isOurs = (end: Store.EndRow): boolean => end.kind === name || definition.aliases.includes(end.kind)
+  const pruned = (id: string) => new ExecuteError({ id, reason: "Pruned", message: "there is no such job" })
+
   /** What the end of a job is to whoever waits for it. */
   const resultOf = (end: Store.EndRow): Effect.Effect<unknown, unknown, unknown> => {
     if (end.status === "completed") {
@@ -221,18 +226,15 @@ export const make = (
           })
         }
         const queue = yield* JobQueue
-        return yield* resultOf(yield* queue.execute(jobs.one(payload, own), millis))
+        const end = yield* queue.execute(jobs.one(payload, own), millis)
+        return yield* isOurs(end) ? resultOf(end) : Effect.fail(pruned(end.id))
       }),
     poll: (id: string) =>
       Effect.gen(function*() {
         const { database, store } = (yield* JobQueue).internal
-        const pruned = new ExecuteError({ id, reason: "Pruned", message: "there is no such job" })
-        if (!Enqueue.isJobId(id)) return Option.some(Exit.fail(pruned))
+        if (!Enqueue.isJobId(id)) return Option.some(Exit.fail(pruned(id)))
         const [end] = yield* store.ends([id], yield* Database.inside(database))
-        // An id may come from anywhere: what ended as another kind has no result of this one.
-        if (end === undefined || ![name, ...definition.aliases].includes(end.kind)) {
-          return Option.some(Exit.fail(pruned))
-        }
+        if (end === undefined || !isOurs(end)) return Option.some(Exit.fail(pruned(id)))
         return end.status === "open" ? Option.none() : Option.some(yield* Effect.exit(resultOf(end)))
       }),
     toLayer: (run: Registered["run"], handlerOptions?: HandlerOptions) =>

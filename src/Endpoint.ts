@@ -46,9 +46,10 @@ const bareConfig = (config: PgClient.PgClientConfig) =>
   }) satisfies PgConnection.Config
 
 /**
- * The server itself, for the queue's own sessions, with the settings of the application's client.
+ * The server itself, for the queue's own sessions, with the settings of the application's client, and those that this server
+ * is known to have.
  */
-export const direct = (config: PgClient.PgClientConfig): Endpoint => ({
+export const direct = (config: PgClient.PgClientConfig, ofServer: Readonly<Record<string, string>> = {}): Endpoint => ({
   keepsSettings: true,
   config: {
     ...bareConfig(config),
@@ -72,8 +73,11 @@ export const direct = (config: PgClient.PgClientConfig): Endpoint => ({
       search_path: "pg_catalog",
       datestyle: "ISO",
       intervalstyle: "postgres",
+      // Rows that a policy hides would be jobs that have gone. Better an error.
+      row_security: "off",
       // A plan made while a table was empty must not be kept: it turns one claim into a scan of seconds.
-      plan_cache_mode: "force_custom_plan"
+      plan_cache_mode: "force_custom_plan",
+      ...ofServer
     }
   }
 })

@@ -7,6 +7,7 @@ import * as Cause from "effect/Cause"
 import * as Effect from "effect/Effect"
 import * as Database from "./Database.ts"
 import * as Outcome from "./Outcome.ts"
+import * as Report from "./Report.ts"
 
 /**
  * The failures of one loop.
@@ -40,10 +41,10 @@ export const make = (what: string): Episode => {
   })
   const failed: Episode["failed"] = (cause) =>
     Effect.suspend(() => {
-      if (failing) return Effect.logDebug(`effect-pgqueue: ${what} still does not go through`, Outcome.describe(cause))
+      if (failing) return Report.debug(`effect-pgqueue: ${what} still does not go through`, Outcome.describe(cause))
       failing = true
       const error = cause.reasons.find(Cause.isFailReason)?.error ?? Cause.squash(cause)
-      return Effect.logWarning(`effect-pgqueue: ${what} does not go through (${Database.describe(error)})`)
+      return Report.warning(`effect-pgqueue: ${what} does not go through (${Database.describe(error)})`)
     })
   return {
     failed,
@@ -57,7 +58,7 @@ export const make = (what: string): Episode => {
       if (!failing) return Effect.void
       failing = false
       pause = shortest
-      return Effect.logInfo(`effect-pgqueue: ${what} goes through again`)
+      return Report.info(`effect-pgqueue: ${what} goes through again`)
     })
   }
 }

@@ -23,8 +23,8 @@ import type * as Wakeup from "./Wakeup.ts"
 /** The most rows of one insert: beyond it nothing is gained, and one statement must not hold its locks for long. */
 export const maxRows = 1000
 
-/** How long an enqueue waits out an outage before it fails. */
-const outage = "10 seconds"
+/** How long an enqueue waits out an outage before it fails, in milliseconds. */
+const outage = 10_000
 
 /** An insert on a dead link never answers; sending it again is safe, because the ids are the same. */
 const insertBound = 5000
@@ -241,8 +241,12 @@ export const make = Effect.fnUntraced(function*(options: {
  * Tries again through an outage, for a while. The ids are the same each time, so nothing is inserted twice.
  */
 export const persistently = <A, R>(self: Effect.Effect<A, SqlError, R>): Effect.Effect<A, SqlError, R> =>
-  Effect.retry(self, {
-    // A lock timeout is for the caller to deal with.
-    while: (error) => Database.isTransient(error) && !Database.isLockTimeout(error),
-    schedule: Schedule.upTo(Database.backoff, { duration: outage })
+  Effect.clockWith((clock) => {
+    // Not by the time of day, which may be set.
+    const end = Bounded.monotonic(clock) + outage
+    return Effect.retry(self, {
+      // A lock timeout is for the caller to deal with.
+      while: (error) => Database.isTransient(error) && !Database.isLockTimeout(error) && Bounded.monotonic(clock) < end,
+      schedule: Database.backoff
+    })
   })

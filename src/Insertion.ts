@@ -90,6 +90,14 @@ export const keyedColumnsOf = (jobs: ReadonlyArray<NewJob>, patience?: number): 
   jobs.map((job) => job.unique!.period === undefined ? "" : String(job.unique!.period))
 ]
 
+/**
+ * Gives a transaction that has found its job there something to commit. The commit that brought it in may have been given
+ * up while it waited for a synchronous standby: then the job is there, and would not be after a fail-over. Only a commit of
+ * something written waits for the standby, and for all that was written before.
+ */
+export const replayedText =
+  "select pg_catalog.pg_logical_emit_message(true, 'effect-pgqueue'::text, 'replayed'::text)::text as written"
+
 /** How long an insert waits for the lock of NOTIFY, in milliseconds. */
 const notifyPatience = 20
 

@@ -20,6 +20,7 @@ import { type Enqueued, EnqueueError } from "./Enqueue.ts"
 import * as Grouping from "./Grouping.ts"
 import * as Migrations from "./Migrations.ts"
 import * as Reach from "./Reach.ts"
+import * as Report from "./Report.ts"
 import * as Store from "./Store.ts"
 import * as Transport from "./Transport.ts"
 import * as UniqueKeys from "./UniqueKeys.ts"
@@ -188,7 +189,7 @@ const make = Effect.fnUntraced(function*(options: Options) {
     options.onUnavailable === "fail" ? self : self.pipe(
       Effect.tapError((error) =>
         Database.isTransient(error)
-          ? Effect.logWarning(`effect-pgqueue: waiting for the database (${Database.describe(error)})`)
+          ? Report.warning(`effect-pgqueue: waiting for the database (${Database.describe(error)})`)
           : Effect.void
       ),
       Effect.retry({ while: Database.isTransient, schedule: Database.backoff })
@@ -214,7 +215,7 @@ const make = Effect.fnUntraced(function*(options: Options) {
   const wakeup = yield* Bounded.open(Wakeup.make(database, schema))
   const mode = database.listens ? "listen" : "poll"
   const pooled = reach?.pools.keepsSettings === false ? ", statements through a pooler" : ""
-  yield* Effect.logInfo(
+  yield* Report.info(
     `effect-pgqueue: schema "${schema}", ${mode === "listen" ? "LISTEN/NOTIFY" : "polling only"}${pooled}`
   )
 

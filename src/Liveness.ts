@@ -10,11 +10,12 @@ import * as Effect from "effect/Effect"
 import * as Latch from "effect/Latch"
 import * as Metric from "effect/Metric"
 import type * as Scope from "effect/Scope"
-import type { SqlError } from "effect/sql/SqlError"
+import { isSqlError, type SqlError } from "effect/sql/SqlError"
 import * as Bounded from "./Bounded.ts"
 import * as Contact from "./Contact.ts"
 import * as Database from "./Database.ts"
 import * as Episode from "./Episode.ts"
+import * as Report from "./Report.ts"
 import * as Store from "./Store.ts"
 import * as Telemetry from "./Telemetry.ts"
 
@@ -37,6 +38,10 @@ export interface Liveness {
   /** Beats until it is interrupted. */
   readonly run: Effect.Effect<void>
 }
+
+/** Whether a beat has failed of what no handler of this process can have brought about. */
+const isNobodysFault = (error: unknown): boolean =>
+  isSqlError(error) && !Database.isStatementTimeout(error) && !Database.isLockTimeout(error)
 
 /** Leases that are in the table, ours, unknown and older than this were claimed by a statement whose answer was lost. */
 const forgotten = 5000
@@ -81,7 +86,9 @@ export const make = Effect.fnUntraced(function*(options: {
   let aliveSince = Infinity
   /** When a connection was last lost. */
   let doubted = -Infinity
-  /** When the database last could not be reached. */
+  /** When this worker was last declared dead. */
+  let declaredDead = -Infinity
+  /** When the database last could not be reached, or refused a beat. */
   let unreachable = -Infinity
   let retired = false
   let lost = true
@@ -89,7 +96,25 @@ export const make = Effect.fnUntraced(function*(options: {
   /** When handlers are interrupted, unless a beat gets through before. */
   const deadline = () => lastBeat + options.lease - margin
   const inTime = (at = now()) => at < deadline()
-  const alive = (at?: number) => registered && inTime(at) && lastBeat > doubted
+
+  /**
+   * How far the time of day is ahead of the monotonic clock, which stands still while a machine is suspended: others have
+   * had the jobs of this process meanwhile. Where the clock was only set, a beat more has been sent.
+   */
+  let ahead = Infinity
+  const aheadAt = (at: number) => clock.currentTimeMillisUnsafe() - at
+  const wasSuspended = (at: number): boolean => {
+    const found = aheadAt(at)
+    if (found - ahead < margin) return false
+    ahead = found
+    doubt()
+    return true
+  }
+  const doubt = (): void => {
+    doubted = now()
+    kick.openUnsafe()
+  }
+  const alive = (at = now()) => registered && inTime(at) && !wasSuspended(at) && lastBeat > doubted
 
   const loseAll = (unheard: boolean) => {
     aliveSince = Infinity
@@ -112,6 +137,7 @@ export const make = Effect.fnUntraced(function*(options: {
       // Before the beat is sent: a doubt that comes while it is out wants another one.
       kick.closeUnsafe()
       const sent = now()
+      const aheadThen = aheadAt(sent)
       // Judged are only leases whose claim was answered before the comparison was sent.
       const confirmed = [...options.leases()].filter(([, lease]) => lease.confirmed).map(([lease]) => lease)
       const rows = yield* Bounded.bounded(send(options.store.beatText, [id]), patience)
@@ -119,13 +145,15 @@ export const make = Effect.fnUntraced(function*(options: {
       const answer = Store.readBeat(rows as Parameters<typeof Store.readBeat>[0])
       if (!answer.alive) {
         if (retired) return
-        yield* Effect.logWarning(
+        yield* Report.warning(
           `effect-pgqueue: worker ${id} was declared dead; its jobs are interrupted, it starts again under a new id`
         )
         loseAll(false)
         id = SecureRandom.uuidV4Unsafe()
         registered = false
-        kick.openUnsafe()
+        // At once, but not again and again: somebody may keep every beat from its row.
+        if (now() - declaredDead >= options.beat) kick.openUnsafe()
+        declaredDead = now()
         return
       }
       const here = new Set(answer.leases.map((lease) => lease.id))
@@ -133,6 +161,7 @@ export const make = Effect.fnUntraced(function*(options: {
       if (missing.length > 0) options.onLost(missing, false)
       if (answer.cancelled.length > 0) options.onCancelled(answer.cancelled)
       lastBeat = sent
+      ahead = aheadThen
       if (lost) aliveSince = sent
       lost = false
       const moved = answer.clock === undefined ? 0 : contact.heard(sent, now(), answer.clock)
@@ -169,7 +198,7 @@ export const make = Effect.fnUntraced(function*(options: {
     Effect.suspend(() => {
       if (lag < options.beat / 2 || now() - blockedAt < options.lease) return Effect.void
       blockedAt = now()
-      return Effect.logWarning(
+      return Report.warning(
         `effect-pgqueue: the event loop stood still for ${
           Math.round(lag)
         } ms; a heartbeat is due every ${options.beat} ms, and after ${options.lease} ms without one the jobs of this process go to others. Does a handler compute without a pause?`
@@ -189,7 +218,7 @@ export const make = Effect.fnUntraced(function*(options: {
     // A process that stood still had no chance to beat. It gets it now, for as long as nobody can have taken its jobs.
     const until = now() - thawedAt < margin ? lastBeat + options.lease - step : deadline()
     if (lost || now() < until) return
-    yield* Effect.logWarning(
+    yield* Report.warning(
       `effect-pgqueue: no heartbeat of worker ${id} got through in time; its jobs are interrupted`
     )
     loseAll(unreachable < lastBeat)
@@ -202,10 +231,7 @@ export const make = Effect.fnUntraced(function*(options: {
       !lost && inTime() && now() - aliveSince >= options.lease
         ? { clock: contact.expected(now()), watched: now() - aliveSince, doubt: contact.doubt(now()) }
         : undefined,
-    doubt: () => {
-      doubted = now()
-      kick.openUnsafe()
-    },
+    doubt,
     hurry: () => void kick.openUnsafe(),
     retire: () => {
       retired = true
@@ -216,9 +242,9 @@ export const make = Effect.fnUntraced(function*(options: {
         Effect.sandbox,
         Effect.tapError((cause) => {
           doubted = now()
-          // Not when a beat is merely not answered: a handler that holds what the beat waits for, a lock of its table for one, must
-          // spend its attempts.
-          if (cause.reasons.some((reason) => Cause.isFailReason(reason) && Database.isConnectionLoss(reason.error))) {
+          // Not when a beat waits in vain, for an answer or for a lock: a handler that holds what it waits for, its table for
+          // one, must spend its attempts. What the server refuses is no handler's doing.
+          if (cause.reasons.some((reason) => Cause.isFailReason(reason) && isNobodysFault(reason.error))) {
             unreachable = doubted
           }
           return episode.failed(cause)

@@ -22,6 +22,7 @@ import * as Line from "./Line.ts"
 import * as Liveness from "./Liveness.ts"
 import { Stop } from "./Main.ts"
 import * as Outcome from "./Outcome.ts"
+import * as Report from "./Report.ts"
 import type * as Router from "./Router.ts"
 import * as Run from "./Run.ts"
 import type * as Settlement from "./Settlement.ts"
@@ -200,7 +201,7 @@ export const start = Effect.fnUntraced(function*(options: {
           }),
           progressBound
         ),
-        (cause) => Effect.logDebug("effect-pgqueue: the progress of a job could not be stored", Outcome.describe(cause))
+        (cause) => Report.debug("effect-pgqueue: the progress of a job could not be stored", Outcome.describe(cause))
       )
   })
 
@@ -212,7 +213,11 @@ export const start = Effect.fnUntraced(function*(options: {
     settlerOf(running.entry).push(running.entry)
   }
 
-  const handBackBuffer = (line: Line.Line): void => line.buffer.splice(0).forEach(handBack)
+  /** What was claimed and has not started goes back, and another one may start instead of it. */
+  const handBackBuffer = (line: Line.Line): void => {
+    startable += line.buffer.length
+    line.buffer.splice(0).forEach(handBack)
+  }
 
   /** Tells a handler to stop; a job that has not started goes back. */
   const interrupt = (running: Run.Running, why: Run.Running["interruption"]): void => {
@@ -225,6 +230,7 @@ export const start = Effect.fnUntraced(function*(options: {
     const buffer = lineOf.get(running.queue)!.buffer
     const index = buffer.indexOf(running)
     if (index >= 0) buffer.splice(index, 1)
+    startable++
     handBack(running)
   }
 
@@ -516,7 +522,7 @@ export const start = Effect.fnUntraced(function*(options: {
     // A handler that does not stop keeps its lease until the others see that this process is gone.
     const kept = runs.size + unsettled()
     if (kept > 0) {
-      yield* Effect.logWarning(
+      yield* Report.warning(
         `effect-pgqueue: ${runs.size} handlers did not stop, ${unsettled()} jobs could not be settled; they are rescued after the lease time`
       )
     } else {

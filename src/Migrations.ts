@@ -13,6 +13,7 @@ import * as SqlClient from "effect/sql/SqlClient"
 import { isSqlError, type SqlError } from "effect/sql/SqlError"
 import * as Database from "./Database.ts"
 import { maxTextBytes } from "./Outcome.ts"
+import * as Report from "./Report.ts"
 
 /**
  * The database is not one this queue can run on, or an option does not fit it.
@@ -25,6 +26,7 @@ import { maxTextBytes } from "./Outcome.ts"
  * - `Unsupported`: not PostgreSQL 15 or newer, not UTF-8, or a schema newer than this library.
  * - `ForeignClient`: a transactional handler was built on another `SqlClient` than the queue's.
  * - `QueueNotConsumed`: a queue was named that no listed job uses.
+ * - `InTransaction`: a worker was started inside an open transaction, which its handlers would take part in.
  * - `InsecureConnection`: the client connects to another host without verified TLS; nothing was sent.
  * - `InvalidOption`: an option is out of range, or two listed jobs handle one kind; the message names it.
  *
@@ -38,6 +40,7 @@ export class JobQueueError extends Schema.TaggedError<JobQueueError>()("JobQueue
     "Unsupported",
     "ForeignClient",
     "QueueNotConsumed",
+    "InTransaction",
     "InsecureConnection",
     "InvalidOption"
   ])
@@ -485,7 +488,7 @@ export const run = Effect.fn("Migrations.run")(
         isSqlError(error.cause)
           ? Effect.fail(error.cause)
           : Effect.die(new Error(error.message, { cause: error.cause }))),
-      Effect.tapCause((cause) => Effect.logDebug("effect-pgqueue: migration did not go through", Cause.pretty(cause))),
+      Effect.tapCause((cause) => Report.debug("effect-pgqueue: migration did not go through", Cause.pretty(cause))),
       Effect.retry({
         // 23505: somebody else has created the schema at the same time; "if not exists" does not cover that.
         while: (error) => Database.isTransient(error) || (isSqlError(error) && Database.sqlState(error) === "23505"),

@@ -15,6 +15,7 @@ import type { SqlError } from "effect/sql/SqlError"
 import * as Bounded from "./Bounded.ts"
 import * as Database from "./Database.ts"
 import * as Endpoint from "./Endpoint.ts"
+import * as Report from "./Report.ts"
 import * as Store from "./Store.ts"
 
 /** A setting that no server, role or pooler has: whoever finds its value has the session that it was sent for. */
@@ -37,7 +38,7 @@ const isRefusal = (error: SqlError): boolean =>
   !Database.isConnectionLoss(error) && !/^(28|3D|42501)/.test(Database.sqlState(error) ?? "28")
 
 /** A standby, which may be promoted, can neither LISTEN nor NOTIFY; the server's queue of notifications may be full. */
-const isUndecided = (error: SqlError): boolean => Database.sqlState(error) === "25006" || Database.isFullOfNews(error)
+const isUndecided = (error: SqlError): boolean => Database.isReadOnly(error) || Database.isFullOfNews(error)
 
 /**
  * Returns the settings of the client for another address. What the URL does not say of the session is the client's.
@@ -81,7 +82,12 @@ const open = Effect.fnUntraced(function*(
       Effect.map(session.query(Store.givenText, [marker]), ({ rows }) => ({
         session,
         // Somebody in between may also drop them without a word.
-        endpoint: rows[0]?.["given"] === mark ? direct : pooled
+        endpoint: rows[0]?.["given"] !== mark
+          ? pooled
+          // A session that ends in the middle of a statement cannot say that it took too long.
+          : rows[0]["timeout"] === null
+          ? direct
+          : Endpoint.direct(config, { transaction_timeout: "0" })
       }))
   ).pipe(
     Effect.catchIf(
@@ -131,7 +137,7 @@ export const find = (
         // Nobody asks again: as it would be without a pooler.
         Effect.succeed(isUndecided(error) && speaker.endpoint.keepsSettings && listener.endpoint.keepsSettings))
     )
-    if (!listens) yield* Effect.logWarning(`effect-pgqueue: ${deafness(speaker.endpoint, direct !== undefined)}`)
+    if (!listens) yield* Report.warning(`effect-pgqueue: ${deafness(speaker.endpoint, direct !== undefined)}`)
     // An address that does not hear the client's announcements may be that of another database.
     return { pools: speaker.endpoint, sessions: listens ? listener.endpoint : speaker.endpoint, listens }
   })).pipe(Database.answeredWithin(bound))

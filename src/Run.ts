@@ -17,6 +17,7 @@ import * as Ending from "./Ending.ts"
 import type * as Handling from "./Handling.ts"
 import type * as Job from "./Job.ts"
 import type * as Outcome from "./Outcome.ts"
+import * as Report from "./Report.ts"
 import type * as RetryPolicy from "./RetryPolicy.ts"
 import type * as Settlement from "./Settlement.ts"
 import type * as Store from "./Store.ts"
@@ -86,6 +87,12 @@ class Subject implements Surroundings.Subject, Current.Control {
   }
 }
 
+/** What a program without types makes of a handler: an `async` function, for instance, would run beside its job. */
+const effectOf = <A, E, R>(run: Effect.Effect<A, E, R>, whose: string): Effect.Effect<A, E, R> => {
+  if (!Effect.isEffect(run)) throw new TypeError(`${whose} returned no Effect`)
+  return run
+}
+
 /**
  * Runs a claimed job and leaves its settlement in `running.entry`. Never fails. To be forked uninterruptible: an
  * interruption then reaches the user's part and nothing else, and the run always ends with a settlement.
@@ -117,7 +124,7 @@ export const make = (options: {
     startedAt: number,
     subject: Subject
   ) => {
-    let run = handling.registered.run(payload, kind)
+    let run = effectOf(handling.registered.run(payload, kind), "the handler")
     if (handling.registered.transactional) {
       run = options.transactional(running, run, (value) => {
         const endedAt = Bounded.monotonic(clock)
@@ -126,7 +133,9 @@ export const make = (options: {
     }
     const millis = running.row.timeout_ms
     if (millis !== null) run = withTimeout(run, running, subject.info, millis)
-    for (let i = options.middleware.length - 1; i >= 0; i--) run = options.middleware[i]!(run, subject.info)
+    for (let i = options.middleware.length - 1; i >= 0; i--) {
+      run = effectOf(options.middleware[i]!(run, subject.info), "a middleware")
+    }
     return run
   }
 
@@ -220,7 +229,7 @@ const withTimeout = <A, E, R>(self: Effect.Effect<A, E, R>, running: Running, in
       running.interruption ??= "timeout"
       running.fiber?.interruptUnsafe()
       yield* Effect.sleep(stubborn)
-      yield* Effect.logWarning(
+      yield* Report.warning(
         `effect-pgqueue: job ${info.id} (${info.kind}) was told to stop after its timeout and still runs`
       )
     })

@@ -145,6 +145,11 @@ const onceEach = (entries: ReadonlyArray<Entry>): ReadonlyArray<Entry> =>
     ? entries
     : [...new Map(entries.map((entry) => [keyOf(entry), entry])).values()]
 
+/** By name: a column that is added to the table later must not make one of what is beside it ambiguous. */
+const jobColumns =
+  `j.id, j.kind, j.queue, j.priority, j.run_at, j.attempt, j.rescued, j.snoozed, j.max_attempts, j.timeout_ms, j.unique_key,
+    j.cancelled_at, j.cancel_reason, j.group_key, j.trace, j.metadata, j.enqueued_at, j.scheduled_for, j.payload, j.progress, j.awaited`
+
 /**
  * Builds the statements for one quoted schema.
  */
@@ -187,7 +192,7 @@ export const statements = (s: string) => {
         else exists (select 1 from ${s}.unique_key u where u.key = j.unique_key and u.job = j.id offset 0) end as key_busy
       from ${from} m
       cross join lateral (
-        select j.* from ${s}.job j where j.id = m.id for update skip locked
+        select ${jobColumns} from ${s}.job j where j.id = m.id for update skip locked
       ) j
       left join lateral (
         select true as held from ${s}.unique_key u where u.key = j.unique_key and u.job = j.id for update skip locked
@@ -323,7 +328,7 @@ export const statements = (s: string) => {
       `select coalesce(i.lease, ($1::uuid[])[1]) as lease, i.id, coalesce(i.result, ($3::text[])[1]) as result, i.ran, i.age,
         coalesce(i.forget, ($8::text[])[1]) <> '' as forget
       from unnest($1::uuid[], $2::uuid[], $3::text[], $4::float8[], $5::float8[], $8::text[]) as i(lease, id, result, ran, age, forget)`,
-    columns: "j.*",
+    columns: jobColumns,
     which: "",
     ended: `ended as (
       insert into ${s}.finished (id, kind, queue, priority, status, result, attempt, max_attempts, timeout_ms,

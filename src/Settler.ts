@@ -12,6 +12,7 @@ import * as Bounded from "./Bounded.ts"
 import * as Database from "./Database.ts"
 import type * as Episode from "./Episode.ts"
 import * as Outcome from "./Outcome.ts"
+import * as Report from "./Report.ts"
 import * as Settlement from "./Settlement.ts"
 import type * as Store from "./Store.ts"
 
@@ -38,6 +39,9 @@ const refusal = "the database refused what the handler left"
 
 /** How long a job whose row somebody has locked waits for the next round, in milliseconds. */
 const busyPause = 50
+
+/** How long a job that the database refuses to settle waits before it is tried again, in milliseconds. */
+const refusedPause = 10_000
 
 /**
  * A settle buffer of one worker.
@@ -145,12 +149,24 @@ export const make = (options: {
         })
       )
 
-  /** What the database will not store, it may store without the values that came from the handler. */
+  /** When it was last said that a job cannot be settled: a database may refuse thousands. */
+  let complained = -Infinity
+
+  /**
+   * What the database will not store, it may store without the values that came from the handler. Where there are none, it is
+   * the database that has to be mended: by a partition for somebody's trigger, for instance.
+   */
   const refused = (entry: Settlement.Entry, cause: Cause.Cause<unknown>): Effect.Effect<void> => {
-    if (entry.failure?.message === refusal) {
+    const { failure, reason, result } = entry
+    const bare = result === undefined && reason === undefined && (failure === undefined || failure.message === refusal)
+    if (bare) {
+      const isNews = options.now() - complained >= refusedPause
+      if (isNews) complained = options.now()
       return Effect.andThen(
-        Effect.logError(`effect-pgqueue: job ${entry.id} cannot be settled`, Outcome.describe(cause)),
-        later([entry], 10_000)
+        isNews
+          ? Report.error(`effect-pgqueue: job ${entry.id} cannot be settled`, Outcome.describe(cause))
+          : Effect.void,
+        later([entry], refusedPause)
       )
     }
     again([{

@@ -68,13 +68,35 @@ export const notifyText = "select pg_notify($1::text, p)::text as sent from unne
 export const notifyLazilyText = `select set_config('synchronous_commit', 'off', true),
     pg_notify($1::text, p)::text as sent from unnest($2::text[]) as p`
 
-/** Asks what a session was given at its start. */
-export const givenText = "select coalesce(current_setting($1::text, true), '') as given"
+/** Asks what a session was given at its start, and for a limit that only servers from PostgreSQL 17 on have. */
+export const givenText =
+  "select coalesce(current_setting($1::text, true), '') as given, current_setting('transaction_timeout', true) as timeout"
+
+/** Ends the session that it is sent over. */
+const endText = "select pg_terminate_backend(pg_backend_pid()) as ended"
+
+/**
+ * Ends sessions that were opened while the server, the database or the role was read-only: they stay so for as long as they
+ * live, and a pool lends first what it has lent last. What it lends next is most probably what has just refused.
+ */
+const withoutReadOnly = (db: Database.Database): Database.Database => {
+  if (!db.keepsSettings) return db
+  const endsBy = (send: Database.Database["query"]) => (error: SqlError) =>
+    Database.isReadOnly(error) ? Effect.ignore(send(endText, [])) : Effect.void
+  const [end, endOften] = [endsBy(db.query), endsBy(db.often)]
+  return {
+    ...db,
+    query: (text, params) => Effect.tapError(db.query(text, params), end),
+    often: (text, params) => Effect.tapError(db.often(text, params), endOften),
+    oftenInOrder: (text, params) => Effect.tapError(db.oftenInOrder(text, params), endOften)
+  }
+}
 
 /**
  * Builds the statements for one schema.
  */
-export const make = (db: Database.Database, schema: string) => {
+export const make = (database: Database.Database, schema: string) => {
+  const db = withoutReadOnly(database)
   const s = Database.quoteSchema(schema)
   const insertion = Insertion.statements(s)
   const claimText = Claim.statement(s)
@@ -88,11 +110,14 @@ export const make = (db: Database.Database, schema: string) => {
   const firing = Firing.make(db, s, people)
   const cleanup = Cleanup.make(db, s)
 
-  // The row `alive` has the database's clock where the others have an age.
+  // The row `alive` has the database's clock where the others have an age. A beat that is lost in a crash is not missed (see
+  // `reap`), and one that waits for a disk or a standby is: so it commits without.
   const beatText = `with beat as (
       update ${s}.worker set beat_at = clock_timestamp() where id = $1::uuid returning id
     )
     select 'alive' as what, b.id::text as id, ${Inspection.millis("clock_timestamp()")} as age from beat b
+    union all
+    select 'setting', set_config('synchronous_commit', 'off', true), 0
     union all
     select 'lease', l.id::text, ${Inspection.millis("statement_timestamp() - l.claimed_at")}
     from ${s}.lease l where l.worker = $1::uuid
@@ -118,7 +143,8 @@ export const make = (db: Database.Database, schema: string) => {
       ...rights("worker", "id", ["insert", "update", "delete"]),
       ...rights("finished", "id", ["insert"]),
       ...rights("attempt", "job", ["insert"]),
-      ...rights("unique_key", "key", ["update", "delete"])
+      ...rights("unique_key", "key", ["update", "delete"]),
+      ...rights("parked", "kind", ["insert", "update", "delete"])
     ].map((text, index) => `right_${index} as (${text})`).join(", ")
   } select 1 as allowed`
 
@@ -175,6 +201,12 @@ export const make = (db: Database.Database, schema: string) => {
         )
       }
     ),
+
+    /**
+     * Commits after the insert of a job that was found to be there, and waits for what that waits for.
+     */
+    replayed: (inUserTransaction: boolean): Effect.Effect<void, SqlError> =>
+      Effect.asVoid(run(inUserTransaction, Insertion.replayedText, [])),
 
     /**
      * Reads who holds the keys of these jobs. A job that is there or has ended holds its own; no row when nobody does.

@@ -14,6 +14,7 @@ import * as Bounded from "./Bounded.ts"
 import * as Episode from "./Episode.ts"
 import * as HeldUp from "./HeldUp.ts"
 import * as Missed from "./Missed.ts"
+import * as Report from "./Report.ts"
 import type * as Schedules from "./Schedules.ts"
 import type * as Store from "./Store.ts"
 import * as Telemetry from "./Telemetry.ts"
@@ -78,7 +79,7 @@ export const make = Effect.fnUntraced(function*(options: {
   const disable = Effect.fnUntraced(function*(name: string, updatedAt: string | undefined, problem: string) {
     // Said by who has done it, once: it may be locked, and is then looked at again and again.
     if (yield* Bounded.bounded(store.schedules.disable(name, updatedAt, problem), bound)) {
-      yield* Effect.logError(`effect-pgqueue: the schedule "${name}" has stopped: ${problem}`)
+      yield* Report.error(`effect-pgqueue: the schedule "${name}" has stopped: ${problem}`)
     }
   })
 
@@ -123,7 +124,7 @@ export const make = Effect.fnUntraced(function*(options: {
       const { missed, row, ticks } = planned.get(one.name)!
       if (row.due !== null) yield* Metric.update(Telemetry.tickLateness, Math.max(0, row.now - row.due))
       if (missed) {
-        yield* Effect.logInfo(
+        yield* Report.info(
           `effect-pgqueue: the schedule "${one.name}" is late; ${ticks.length} missed ticks are made up`
         )
       }
@@ -131,7 +132,7 @@ export const make = Effect.fnUntraced(function*(options: {
       if (one.enqueued > 0) wakeup.mark(one.queue, one.delay)
       if (one.skipped > 0) {
         yield* Metric.update(Telemetry.skippedTicks, one.skipped)
-        yield* Effect.logDebug(`effect-pgqueue: ${one.skipped} ticks of the schedule "${one.name}" are skipped`)
+        yield* Report.debug(`effect-pgqueue: ${one.skipped} ticks of the schedule "${one.name}" are skipped`)
       }
     }
     return written.length
@@ -275,7 +276,7 @@ export const declaring = (
   const undeclare = Effect.gen(function*() {
     const names = yield* Bounded.bounded(store.schedules.undeclare(declarations.missedAfter), bound)
     if (names.length > 0) {
-      yield* Effect.logWarning(
+      yield* Report.warning(
         `effect-pgqueue: no running scheduler declares ${names.map((name) => `"${name}"`).join(", ")} any more; ${
           names.length === 1 ? "it goes" : "they go"
         } on until somebody removes ${names.length === 1 ? "it" : "them"}`

@@ -31,8 +31,10 @@ export const insertPlain = (
 ): Effect.Effect<ReadonlyArray<Enqueued>, SqlError> =>
   fresh === true && !jobs.some((job) => job.idGiven === true)
     ? Effect.as(store.insertNew(jobs, notification), jobs.map((job) => enqueuedAs(job, true)))
-    : Effect.map(store.insert(jobs, inUserTransaction, patience), (ids) => {
+    : Effect.gen(function*() {
+      const ids = yield* store.insert(jobs, inUserTransaction, patience)
       if (ids.size === jobs.length) return jobs.map((job) => enqueuedAs(job, true))
+      yield* store.replayed(inUserTransaction)
       const inserted = new Set(ids)
       // Of two jobs with one id the first went in.
       return jobs.map((job) => enqueuedAs(job, inserted.delete(job.id)))
@@ -56,6 +58,7 @@ export const insertKeyed = (
 ): Effect.Effect<ReadonlyArray<Enqueued>, SqlError> =>
   Effect.gen(function*() {
     const done = new Map<string, Enqueued>()
+    let replayed = false
     let open = jobs
     while (open.length > 0) {
       const inserted = yield* store.insertUnique(open, inUserTransaction, patience)
@@ -71,9 +74,11 @@ export const insertKeyed = (
         const holder = holders.get(job.id)
         if (holder === undefined) again.push(job)
         else if (holder.expired) expired.push(job)
-        // The key is held by this very job.
-        else if (holder.holder === job.id) done.set(job.id, enqueuedAs(job, false))
-        else {
+        else if (holder.holder === job.id) {
+          // The key is held by this very job.
+          replayed = true
+          done.set(job.id, enqueuedAs(job, false))
+        } else {
           const replaced = job.unique!.onConflict !== "keep" &&
             (yield* store.replace(holder.holder, job, inUserTransaction))
           // Sound: the holder of a key is a job of this queue.
@@ -83,6 +88,7 @@ export const insertKeyed = (
       if (expired.length > 0) yield* store.expireKeys(expired, inUserTransaction)
       open = [...again, ...expired]
     }
+    if (replayed) yield* store.replayed(inUserTransaction)
     const answered = new Set<string>()
     return jobs.map((job) => {
       const enqueued = done.get(job.id)!

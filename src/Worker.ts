@@ -4,8 +4,9 @@
  * @since 0.1.0
  */
 import * as Cause from "effect/Cause"
+import * as Clock from "effect/Clock"
 import * as Context from "effect/Context"
-import * as Duration from "effect/Duration"
+import type * as Duration from "effect/Duration"
 import * as Effect from "effect/Effect"
 import * as Exit from "effect/Exit"
 import * as Layer from "effect/Layer"
@@ -20,6 +21,7 @@ import * as Enqueue from "./Enqueue.ts"
 import type * as Job from "./Job.ts"
 import { JobQueue, JobQueueError } from "./JobQueue.ts"
 import * as Loop from "./Loop.ts"
+import * as Report from "./Report.ts"
 import * as Router from "./Router.ts"
 
 export { runMain, teardown } from "./Main.ts"
@@ -117,9 +119,11 @@ export const layer = <const J extends ReadonlyArray<Job.Any>, M extends Job.Midd
  * **Details**
  *
  * For cron hosts and serverless. Jobs that are due later are left in line. `completed` and `failed` count runs: a job
- * that fails and is due again at once is run again.
+ * that fails and is due again at once is run again. It waits by the clock: under a `TestClock` that stands still it does not
+ * end.
  *
- * Fails with `SqlError` when the database refuses the claims for good, or the role it logs in as may not work.
+ * Fails with `SqlError` when the database refuses the claims for good, or the role it logs in as may not work, and with
+ * `JobQueueError` when an option does not fit, or when it is called inside a transaction.
  *
  * **Example** (Working through what is due)
  *
@@ -172,12 +176,16 @@ export const middleware = <R>(wrap: Job.Middleware<R>): Job.Middleware<R> => wra
 export const logged: Job.Middleware = (run, job) =>
   Effect.gen(function*() {
     yield* Effect.logDebug(`job ${job.kind} starts, attempt ${job.attempt} of ${job.maxAttempts}`)
-    const [duration, exit] = yield* Effect.timed(Effect.exit(run))
-    const took = `${Math.round(Duration.toMillis(duration))} ms`
-    if (Exit.isSuccess(exit)) yield* Effect.logInfo(`job ${job.kind} completed in ${took}`)
-    else if (Cause.hasInterruptsOnly(exit.cause)) yield* Effect.logInfo(`job ${job.kind} stopped after ${took}`)
-    else yield* Effect.logWarning(`job ${job.kind} failed after ${took}`)
-    return yield* exit
+    const clock = yield* Clock.Clock
+    const begun = Bounded.monotonic(clock)
+    // Whoever is interrupted goes on nowhere but here.
+    return yield* Effect.onExit(run, (exit) => {
+      const took = `${Math.round(Bounded.monotonic(clock) - begun)} ms`
+      if (Exit.isSuccess(exit)) return Effect.logInfo(`job ${job.kind} completed in ${took}`)
+      return Cause.hasInterruptsOnly(exit.cause)
+        ? Effect.logInfo(`job ${job.kind} stopped after ${took}`)
+        : Effect.logWarning(`job ${job.kind} failed after ${took}`)
+    })
   })
 
 /** How long the start of a worker waits to learn whether its role may work, in milliseconds. */
@@ -187,10 +195,17 @@ const start = Effect.fnUntraced(function*(
   options: Options<ReadonlyArray<Job.Any>, Job.Middleware<unknown>>,
   limit?: number
 ) {
+  if (limit !== undefined && limit !== Infinity && !(Number.isInteger(limit) && limit >= 0)) {
+    return yield* new JobQueueError({ reason: "InvalidOption", message: "limit must be an integer and not negative" })
+  }
   const queue = yield* JobQueue
   const settings = yield* resolveOptions(options, queue.mode)
   // The handlers and what middleware needs: read by key, required by the public types.
   const context = yield* Effect.context<never>()
+  if (Database.inAnyTransaction(context)) {
+    // Handlers would write into it, and their jobs end whatever becomes of it.
+    return yield* new JobQueueError({ reason: "InTransaction", message: "a worker cannot run inside a transaction" })
+  }
   const router = Router.make(options.jobs, context)
   if (router.ambiguous !== undefined) {
     return yield* new JobQueueError({
@@ -216,7 +231,7 @@ const start = Effect.fnUntraced(function*(
     }
   }
   if (router.transactional.length > 0 && database.connect === undefined) {
-    yield* Effect.logWarning(
+    yield* Report.warning(
       "effect-pgqueue: without a PgClient the heartbeat goes through the pool of the transactional handlers: give it more connections than handlers that run at once, or their jobs are lost"
     )
   }
@@ -260,10 +275,7 @@ const resolveOptions = Effect.fnUntraced(function*(
     }
     queues.push([name, concurrency])
   }
-  const millis = (input: Duration.Input | undefined, otherwise: number) =>
-    input === undefined
-      ? otherwise
-      : Option.match(Duration.fromInput(input), { onNone: () => NaN, onSome: Duration.toMillis })
+  const millis = (input: Duration.Input | undefined, otherwise: number) => Enqueue.millisOf(input) ?? otherwise
   const settings = {
     name: options.name ?? "worker",
     queues,

@@ -98,4 +98,41 @@ describe("an enqueue", () => {
         { serverUrl: server.url, pool: { startupParameters: { synchronous_commit: "local" } } }
       )
     })))
+
+  // The first commit is given up while it waits for the standby; then the job is there, and would not be after a fail-over.
+  it.live(
+    "is not acknowledged before a synchronous standby has it, however often it is sent",
+    () =>
+      Effect.scoped(Effect.gen(function*() {
+        const server = yield* ownServer({ version: "18" })
+        yield* withQueue(
+          Effect.gen(function*() {
+            class Keyed extends Job.make("keyed", { unique: () => "one" }) {}
+            const id = "0190b5a0-0000-7000-8000-000000000001"
+            const standby = (name: string) =>
+              Effect.andThen(
+                rows(`alter system set synchronous_standby_names = '${name}'`),
+                rows("select pg_reload_conf()")
+              )
+            yield* standby("nobody")
+            yield* until(
+              "the server has heard of it",
+              Effect.map(rows("show synchronous_standby_names"), ([row]) => row.synchronous_standby_names === "nobody")
+            )
+            yield* Effect.sleep(200)
+            const ways = [Note.enqueue({ n: 1 }), Note.enqueue({ n: 2 }, { id }), Keyed.enqueue()]
+            const exits = yield* Effect.forEach(ways, (way) => Effect.exit(way), { concurrency: "unbounded" })
+            // They are there, and nobody has been told so.
+            assert.strictEqual(yield* value("select count(*)::int from pgqueue.job"), 3)
+            assert.deepStrictEqual(exits.map(Exit.isSuccess), [false, false, false])
+            yield* standby("")
+            assert.strictEqual((yield* Note.enqueue({ n: 2 }, { id })).status, "existing")
+          }).pipe(Effect.ensuring(Effect.orDie(
+            Effect.andThen(rows("alter system reset synchronous_standby_names"), rows("select pg_reload_conf()"))
+          ))),
+          { serverUrl: server.url }
+        )
+      })),
+    60_000
+  )
 })

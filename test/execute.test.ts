@@ -291,6 +291,7 @@ describe("poll", () => {
       class Other extends Job.make("other") {}
       class Renamed extends Job.make("renamed", { aliases: ["answer"] }) {}
       assert.deepInclude(failureOf(Option.getOrThrow(yield* Other.poll(id))), { reason: "Pruned" })
+      assert.deepInclude(failureOf(yield* Effect.exit(Other.execute(undefined, { id }))), { reason: "Pruned" })
       assert.deepInclude(failureOf(Option.getOrThrow(yield* Renamed.poll(id))), { reason: "Cancelled" })
     })))
 

@@ -242,6 +242,10 @@ describe("an error of a pooler", () => {
     ) assert.isFalse(Database.isTransient(failing(message)), message)
     // The server's own: what was sent is wrong, and remains so.
     assert.isFalse(Database.isTransient(failing("invalid message format", { routine: "pq_getmsgend" })))
+    // What Node says of a socket is no SQLSTATE, though it has five letters.
+    const cause = Object.assign(new Error("write EPIPE"), { code: "EPIPE" })
+    const lost = new SqlError({ reason: new ConnectionError({ cause, message: "Socket error", operation: "query" }) })
+    assert.isTrue(Database.isConnectionLoss(lost))
   })
 })
 

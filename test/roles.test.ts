@@ -605,4 +605,25 @@ layer(fixture, { excludeTestServices: true, timeout: "60 seconds" })("the role",
       assert.isNotEmpty(logged)
       assert.notMatch(logged.join("\n"), /canary|é/)
     }))
+
+  it.effect("that rows are hidden from by a policy loses none of them: it is refused, and goes on when it is gone", () =>
+    Effect.gen(function*() {
+      const { rows, schema } = yield* Roles
+      class Hidden extends Job.make("hidden", { queue: "hidden", payload: { n: Schema.Int } }) {}
+      yield* as(
+        "worker",
+        Effect.gen(function*() {
+          let ended = 0
+          const handler = Hidden.toLayer(() => Effect.andThen(Effect.sleep(50), Effect.sync(() => void ended++)))
+          const worker = Worker.layer({ jobs: [Hidden], pollInterval: "100 millis" })
+          yield* Layer.build(Layer.provide(worker, handler))
+          yield* Hidden.enqueueAll(Array.from({ length: 300 }, (_, n) => ({ n })))
+          yield* until("some have ended", Effect.sync(() => ended > 0))
+          yield* rows(`alter table ${schema}.job enable row level security`)
+          yield* Effect.sleep(1000)
+          yield* rows(`alter table ${schema}.job disable row level security`)
+          yield* until("all have ended", Effect.sync(() => ended === 300))
+        })
+      )
+    }))
 })

@@ -537,4 +537,44 @@ layer(Storage.layer, { excludeTestServices: true })("settle", (it) => {
       assert.deepStrictEqual(heard.cancelled, [held.ids[1]!])
     }))
   )
+
+  it.effect(
+    "goes on with whatever columns somebody, or a later version, has added to the jobs",
+    rule(Effect.gen(function*() {
+      const added = [
+        "status",
+        "tag",
+        "result",
+        "error",
+        "reason",
+        "message",
+        "lease",
+        "worker",
+        "now",
+        "failure",
+        "verb",
+        "ran",
+        "mine"
+      ]
+      const { store } = yield* Storage
+      yield* query(`alter table pgqueue.job ${added.map((name) => `add column ${name} text`).join(", ")}`)
+      yield* Effect.gen(function*() {
+        const all = jobs(4)
+        const held = yield* claimed(all)
+        const ids = all.map(({ id }) => id)
+        yield* store.settle(held.worker, [entry(held.lease, ids[0]!, "failed", { delay: 60_000, failure })])
+        yield* store.settle(held.worker, [entry(held.lease, ids[1]!, "completed", { result: "1" })])
+        yield* store.settle(held.worker, [{ ...entry(held.lease, ids[2]!, "completed"), forget: true }])
+        yield* bury(held.worker)
+        const { back } = yield* store.rescue(10)
+        assert.strictEqual(back, 1)
+        assert.strictEqual(yield* finishedCount, 1)
+        assert.strictEqual(yield* leases, 0)
+      }).pipe(
+        Effect.ensuring(
+          Effect.orDie(query(`alter table pgqueue.job ${added.map((name) => `drop column ${name}`).join(", ")}`))
+        )
+      )
+    }))
+  )
 })

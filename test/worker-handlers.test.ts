@@ -243,6 +243,48 @@ describe("a handler", () => {
 })
 
 describe("middleware", () => {
+  it.live("that logs has something to say of each run, however it ends", () =>
+    withQueue(Effect.gen(function*() {
+      class End extends Job.make("end", { payload: { how: Schema.String }, timeout: "200 millis", maxAttempts: 1 }) {}
+      const said: Array<string> = []
+      const logger = Logger.make(({ message }) => void said.push(String(message)))
+      yield* running(
+        Worker.layer({ jobs: [End], middleware: [Worker.logged], concurrency: 1 }).pipe(
+          Layer.provide(End.toLayer(({ how }) =>
+            how === "completed" ? Effect.void : how === "failed" ? Effect.die("x") : Effect.never
+          )),
+          Layer.provide(Logger.layer([logger]))
+        )
+      )
+      for (const how of ["completed", "failed", "stopped"]) {
+        yield* End.enqueue({ how })
+        yield* untilAllEnded()
+        assert.match(
+          said.findLast((text) =>
+            text.startsWith("job end")
+          ) ?? "",
+          new RegExp(`^job end ${how} `)
+        )
+      }
+    })))
+
+  it.live("and handlers that return no Effect fail their attempt, and leave no transaction open", () =>
+    withQueue(Effect.gen(function*() {
+      class Untyped extends Job.make("untyped", { maxAttempts: 1 }) {}
+      // What a program without types may do.
+      const run = (async () => {}) as unknown as () => Effect.Effect<void>
+      yield* running(
+        Worker.layer({ jobs: [Untyped] }).pipe(Layer.provide(Untyped.toLayer(run, { transactional: true })))
+      )
+      yield* Untyped.enqueue()
+      yield* untilAllEnded()
+      const [ended] = yield* rows(
+        "select status, error->>'tag' as tag, error->>'message' as message from pgqueue.finished"
+      )
+      assert.deepInclude(ended, { status: "discarded", tag: "Defect" })
+      assert.match(ended.message, /returned no Effect/)
+    })))
+
   it.live("wraps every run, outermost first, with what it requires", () =>
     withQueue(Effect.gen(function*() {
       const log: Array<string> = []

@@ -1,7 +1,7 @@
 /** When a worker may start jobs, what it hears of, and what becomes of the jobs of one that is not heard of. */
 import { PgClient } from "@effect/sql-pg"
 import { assert, describe, it } from "@effect/vitest"
-import { Context, DateTime, Effect, Exit, Layer, Redacted, Schedule, Schema, Scope } from "effect"
+import { Clock, Context, DateTime, Effect, Exit, Layer, Logger, Redacted, Schedule, Schema, Scope } from "effect"
 import { SqlClient } from "effect/sql"
 import { Job, JobQueue, Worker } from "../src/index.ts"
 import { Ledger } from "./support/ledger.ts"
@@ -215,6 +215,130 @@ describe("a worker that is not heard of", () => {
       yield* Locking.enqueue()
       yield* running(Worker.layer({ jobs: [Locking], ...timing }).pipe(Layer.provide(LockingHandler)))
       yield* bounded
+    })))
+})
+
+describe("a beat that the database refuses", () => {
+  const Sleeper = Job.make("sleeper", { maxAttempts: 1 })
+  const SleeperHandler = Sleeper.toLayer(() =>
+    Effect.flatMap(Ledger, ({ record }) => Effect.andThen(record("start"), Effect.sleep("3 seconds")))
+  )
+  const timing = { lease: "1 second", heartbeat: "200 millis", rescueInterval: "200 millis" } as const
+  const onBeat = (body: string) =>
+    rows(`create function public.refuse() returns trigger language plpgsql as $$ begin ${body} end $$`).pipe(
+      Effect.andThen(
+        rows("create trigger refuse before update on pgqueue.worker for each row execute function public.refuse()")
+      )
+    )
+
+  it.live("costs its jobs nothing, however often", () =>
+    withQueue(Effect.gen(function*() {
+      yield* running(Worker.layer({ jobs: [Sleeper], ...timing }).pipe(Layer.provide(SleeperHandler)))
+      yield* Sleeper.enqueue()
+      for (const starts of [1, 2, 3]) {
+        yield* started(starts, 10_000)
+        yield* onBeat("raise 'no beats today';")
+        yield* untilValue("select count(*)::int from pgqueue.ready", 1)
+        yield* rows("drop function public.refuse() cascade")
+      }
+      yield* untilAllEnded()
+      yield* assertRows("select status, attempt::int, rescued::int from pgqueue.finished", [
+        { status: "completed", attempt: 1, rescued: 0 }
+      ])
+      yield* allInPlace
+    })))
+
+  it.live("without a word does not make it register again and again", () =>
+    withQueue(Effect.gen(function*() {
+      yield* onBeat("return null;")
+      yield* running(Worker.layer({ jobs: [Sleeper], ...timing }).pipe(Layer.provide(SleeperHandler)))
+      yield* Effect.sleep(2000)
+      // Twice each 200 ms, not as fast as it can.
+      assert.isAtMost(yield* value("select count(*)::int from pgqueue.worker"), 25)
+      yield* rows("drop function public.refuse() cascade")
+      yield* Sleeper.enqueue()
+      yield* untilAllEnded()
+    })))
+})
+
+describe("a worker whose logger throws", () => {
+  it.live("goes on when there is something to log again", () =>
+    withQueue(Effect.gen(function*() {
+      let bad = false
+      const logger = Logger.make(() => {
+        if (bad) throw new Error("EMFILE")
+      })
+      yield* running(
+        Worker.layer({ jobs: [Note], heartbeat: "200 millis", lease: "2 seconds" }).pipe(
+          Layer.provide(NoteHandler),
+          Layer.provide(queueLayer()),
+          Layer.provide(Logger.layer([logger]))
+        )
+      )
+      yield* Note.enqueue({ n: 0 })
+      yield* started(1, 10_000)
+      bad = true
+      yield* rows(
+        "select pg_terminate_backend(pid) from pg_stat_activity where datname = current_database() and pid <> pg_backend_pid()"
+      )
+      yield* Effect.sleep(1000)
+      bad = false
+      yield* Note.enqueue({ n: 1 })
+      yield* started(2, 10_000)
+      yield* untilAllEnded()
+      yield* allInPlace
+    })))
+})
+
+describe("a worker whose machine was suspended", () => {
+  it.live("asks whether its jobs are still its own before it starts one", () =>
+    withQueue(Effect.gen(function*() {
+      // What is seen of it: the time of day has gone on, and the monotonic clock has not.
+      let suspended = 0
+      const clock = yield* Clock.Clock
+      const ofDay: Clock.Clock = Object.assign(Object.create(clock), {
+        currentTimeMillisUnsafe: () => clock.currentTimeMillisUnsafe() + suspended
+      })
+      yield* running(Worker.layer({ jobs: [Note], ...rare }).pipe(Layer.provide(NoteHandler))).pipe(
+        Effect.provideService(Clock.Clock, ofDay)
+      )
+      yield* Note.enqueue({ n: 0 })
+      yield* started(1, 10_000)
+      const beatAt = value<string>("select beat_at::text from pgqueue.worker")
+      // Those of the start.
+      yield* until(
+        "it beats no more",
+        Effect.zipWith(beatAt, Effect.andThen(Effect.sleep(500), beatAt), (one, other) => one === other)
+      )
+      const before = yield* beatAt
+      suspended = 3_600_000
+      yield* Note.enqueue({ n: 1 })
+      yield* started(2, 10_000)
+      assert.notStrictEqual(yield* beatAt, before)
+    })))
+})
+
+describe("a database that was read-only for a while", () => {
+  it.live("is written to again, though sessions that were opened meanwhile may not", () =>
+    withQueue(Effect.gen(function*() {
+      yield* running(
+        Worker.layer({ jobs: [Note], pollInterval: "200 millis", heartbeat: "200 millis", lease: "2 seconds" }).pipe(
+          Layer.provide(NoteHandler),
+          Layer.provide(queueLayer())
+        )
+      )
+      yield* untilValue("select count(*)::int from pgqueue.worker", 1)
+      const set = (text: string) =>
+        rows(`do $$ begin execute format('alter database %I ${text}', current_database()); end $$`)
+      yield* set("set default_transaction_read_only = on")
+      yield* rows(
+        "select pg_terminate_backend(pid) from pg_stat_activity where datname = current_database() and pid <> pg_backend_pid()"
+      )
+      yield* Effect.sleep(2000)
+      yield* set("reset default_transaction_read_only")
+      yield* Effect.provide(Note.enqueue({ n: 0 }), queueLayer())
+      yield* untilAllEnded({ within: 5000 })
+      yield* allInPlace
     })))
 })
 

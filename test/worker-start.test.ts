@@ -3,6 +3,7 @@ import { PgClient } from "@effect/sql-pg"
 import { assert, describe, it } from "@effect/vitest"
 import { Effect, Exit, Fiber, Layer, Redacted } from "effect"
 import { Reactivity } from "effect/reactivity"
+import { SqlClient } from "effect/sql"
 import { Job, JobQueue, Worker } from "../src/index.ts"
 import { ownServer } from "./support/database.ts"
 import { databaseWithLedger, now, queueLayer, rows, running, until, value, withQueue } from "./support/queue.ts"
@@ -51,6 +52,26 @@ describe("a worker refuses to start", () => {
   )
   refused("with an endless grace period", { gracePeriod: Infinity }, "InvalidOption", /gracePeriod/)
   refused("with no pause between polls", { pollInterval: 0 }, "InvalidOption", /pollInterval/)
+  refused("with a grace period that is no number", { gracePeriod: NaN }, "InvalidOption", /gracePeriod/)
+
+  it.live("inside a transaction, in which its handlers would write", () =>
+    withQueue(Effect.gen(function*() {
+      const sql = yield* SqlClient.SqlClient
+      yield* Ping.enqueue()
+      const worker = failureOf(Worker.layer({ jobs: [Ping] }).pipe(Layer.provide(handlers)))
+      const once = Effect.flip(Effect.provide(Worker.runUntilEmpty({ jobs: [Ping] }), handlers))
+      assert.propertyVal(yield* sql.withTransaction(worker), "reason", "InTransaction")
+      assert.propertyVal(yield* sql.withTransaction(once), "reason", "InTransaction")
+      assert.strictEqual(yield* value("select count(*)::int from pgqueue.ready"), 1)
+    })))
+
+  for (const limit of [NaN, 1.5, -1]) {
+    it.live(`with a limit of ${limit}`, () =>
+      withQueue(Effect.gen(function*() {
+        const error = yield* Effect.flip(Effect.provide(Worker.runUntilEmpty({ jobs: [Ping], limit }), handlers))
+        assert.propertyVal(error, "reason", "InvalidOption")
+      })))
+  }
 })
 
 describe("a worker", () => {

@@ -29,3 +29,21 @@ it.live(
     })),
   20_000
 )
+
+it.live(
+  "runUntilEmpty starts as many as it may, though some of what it had claimed went back",
+  () =>
+    withQueue(Effect.gen(function*() {
+      const handlers = Step.toLayer(({ n }) => Effect.sleep(n))
+      const quick = Array.from({ length: 1000 }, () => ({ n: 0 }))
+      // What has been claimed behind these goes back while they fill all slots.
+      yield* Step.enqueueAll([...quick, ...Array.from({ length: 4 }, () => ({ n: 3000 })), ...quick])
+      const counts = yield* Worker.runUntilEmpty({ jobs: [Step], concurrency: 4, limit: 1500 }).pipe(
+        Effect.provide(handlers)
+      )
+      assert.strictEqual(counts.completed, 1500)
+      assert.strictEqual(yield* value("select count(*)::int from pgqueue.ready"), 504)
+      yield* allInPlace
+    })),
+  30_000
+)
