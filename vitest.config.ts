@@ -6,6 +6,7 @@ const faults = ["test/faults/*.test.ts"]
 export default defineConfig({
   test: {
     globalSetup: "test/support/postgres.ts",
+    maxWorkers: 2,
     testTimeout: 60_000,
     hookTimeout: 60_000,
     projects: [
@@ -15,8 +16,6 @@ export default defineConfig({
           name: "tests",
           include: ["test/**/*.test.ts"],
           exclude: ["test/bench/**", "**/node_modules/**", ...faults],
-          // Many of them wait for a lease, a tick or a disk more than they work.
-          maxWorkers: 3,
           sequence: { groupOrder: 0 }
         }
       },

@@ -117,7 +117,7 @@ export const make = (database: Database.Database, schema: string) => {
     )
     select 'alive' as what, b.id::text as id, ${Inspection.millis("clock_timestamp()")} as age from beat b
     union all
-    select 'setting', set_config('synchronous_commit', 'off', true), 0
+    select 'setting', set_config('synchronous_commit', 'off', true), 0 from beat
     union all
     select 'lease', l.id::text, ${Inspection.millis("statement_timestamp() - l.claimed_at")}
     from ${s}.lease l where l.worker = $1::uuid

@@ -311,8 +311,12 @@ export const make = (context: Context.Context<never>): Surroundings => {
       return new Services(base, size, logged, { name, stack: noStack, parent: frame }, span, subject)
     },
     end: ({ span }, exit, at) => {
-      if (span instanceof LazySpan) span.endAt(at, exit)
-      else if (span.status._tag !== "Ended") span.end(time(), exit)
+      try {
+        if (span instanceof LazySpan) span.endAt(at, exit)
+        else if (span.status._tag !== "Ended") span.end(time(), exit)
+      } catch {
+        // What the application's tracer cannot take is no reason to run a job again.
+      }
     }
   }
 }

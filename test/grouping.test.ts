@@ -45,7 +45,7 @@ const entrance = Effect.gen(function*() {
     })
   const enqueue = yield* Grouping.make({
     // Sound: jobs without a key are inserted, no more.
-    store: { insert, insertNew } as unknown as Store.Store,
+    store: { insert, insertNew, replayed: () => Effect.void } as unknown as Store.Store,
     withInsert: ({ payload }) =>
       carried.allowed ? { payload: `news of ${payload}`, done: () => void carried.done++ } : undefined,
     onEnqueued: (jobs) => told.push(jobs.map(({ payload }) => payload).join(" "))

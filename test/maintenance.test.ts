@@ -241,7 +241,11 @@ describe("the tasks", () => {
       const runs = Metric.withAttributes(Telemetry.taskRuns, { task: "cleanup" })
       yield* rows("create table public.turn (at timestamptz not null)")
       yield* rows(`create function public.note_turn() returns trigger language plpgsql as
-        $$ begin if new.name = 'cleanup' then insert into public.turn values (new.ran_at); end if; return new; end $$`)
+        $$ begin
+          -- Not a turn that is kept by one that takes long.
+          if new.name = 'cleanup' and current_query() like '%taken as (%' then insert into public.turn values (new.ran_at); end if;
+          return new;
+        end $$`)
       yield* rows(
         "create trigger note_turn after insert or update on pgqueue.task for each row execute function public.note_turn()"
       )

@@ -345,6 +345,22 @@ describe("the span of a run", () => {
     }))
 })
 
+describe("a tracer that throws when a span ends", () => {
+  it.effect("does not cost the job what it has done", () =>
+    Effect.gen(function*() {
+      const tracer = Tracer.make({
+        span: (options) =>
+          Object.assign(new Tracer.NativeSpan(options), {
+            end: () => {
+              throw new Error("no room for spans")
+            }
+          })
+      })
+      const running = yield* Effect.provideService(ran(Effect.void), Tracer.Tracer, tracer)
+      assert.strictEqual(running.entry?.verb, "completed")
+    }))
+})
+
 describe("the scope of a run", () => {
   it.effect("closes in its span, with the exit, in reverse, before it is settled, and nothing interrupts that", () =>
     Effect.gen(function*() {

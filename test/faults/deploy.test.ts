@@ -54,7 +54,7 @@ scenarios("a deploy", (scenario) => {
     (stage) =>
       Effect.gen(function*() {
         const victim = yield* Victim
-        const rounds = full ? 20 : 3
+        const rounds = full ? 20 : 2
         const name = (round: number) => `boot_${process.pid}_${round}`
         const urls = Array.from({ length: rounds }, (_, round) => {
           const url = new URL(victim.url)

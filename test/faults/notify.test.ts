@@ -281,7 +281,7 @@ scenarios("NOTIFY", (scenario) => {
       return { poll: interval, p50: figure("p50"), p99: figure("p99") }
     }))
 
-  scenario("F8", "two schemas in one database", { short: true }, (stage) =>
+  scenario("F8", "two schemas in one database", {}, (stage) =>
     Effect.gen(function*() {
       const other = yield* queueAt(stage.url, {}, { schema: "other" })
       const heard = yield* hearing(stage, Database.channelOf("pgqueue"))
