@@ -910,7 +910,16 @@ describe.concurrent("code and rows", () => {
       yield* scheduling([everySecond("kept")])
       yield* rows("update pgqueue.schedule set declared_at = declared_at - interval '1 hour' where name = 'gone'")
       const { store } = (yield* JobQueue).internal
-      assert.deepStrictEqual(yield* store.schedules.undeclare(900_000), ["gone"])
+      // A row that is being fired just now is left for the next time.
+      const marked: Array<string> = []
+      yield* until(
+        "it is marked",
+        Effect.map(store.schedules.undeclare(900_000), (names) => {
+          marked.push(...names)
+          return marked.length > 0
+        })
+      )
+      assert.deepStrictEqual(marked, ["gone"])
       assert.isTrue(Option.isSome((yield* info("gone")).undeclaredAt))
       assert.isTrue(Option.isNone((yield* info("kept")).undeclaredAt))
       yield* untilTicks("gone", (yield* countOf("gone")) + 2)
