@@ -83,9 +83,9 @@ export const make = (): Contact => {
 /** Says that the clock was moved. */
 export const reportMove = (moved: number, wait: number): Effect.Effect<void> =>
   Report.warning(
-    `effect-pgqueue: the database's clock was moved by ${
-      (moved / 1000).toFixed(1)
-    } s; this process declares nobody dead for ${Math.round(wait / 1000)} s`
+    `the database's clock was moved by ${(moved / 1000).toFixed(1)} s; this process declares nobody dead for ${
+      Math.round(wait / 1000)
+    } s`
   )
 
 /**

@@ -148,9 +148,9 @@ const start = Effect.fnUntraced(function*<R>(entries: ReadonlyArray<Entry<R>>, o
     })
   }
   const report = Effect.fnUntraced(function*({ newer, written }: Schedules.Registered) {
-    if (written.length > 0) yield* Report.info(`effect-pgqueue: wrote the schedules ${written.join(", ")}`)
+    if (written.length > 0) yield* Report.info(`wrote the schedules ${written.join(", ")}`)
     if (newer.length > 0) {
-      yield* Report.warning(`effect-pgqueue: the schedules ${newer.join(", ")} are of a newer version and stay so`)
+      yield* Report.warning(`the schedules ${newer.join(", ")} are of a newer version and stay so`)
     }
   })
   /** Writes them together if possible; one that a stranger has locked keeps no other from it. */
@@ -176,7 +176,7 @@ const start = Effect.fnUntraced(function*<R>(entries: ReadonlyArray<Entry<R>>, o
   yield* declare.pipe(
     Effect.tapError((error) =>
       Database.isTransient(error)
-        ? Report.warning(`effect-pgqueue: waiting to write the schedules (${Database.describe(error)})`)
+        ? Report.warning(`waiting to write the schedules (${Database.describe(error)})`)
         : Effect.void
     ),
     Effect.retry({ while: Database.isTransient, schedule: Database.backoff })

@@ -41,10 +41,10 @@ export const make = (what: string): Episode => {
   })
   const failed: Episode["failed"] = (cause) =>
     Effect.suspend(() => {
-      if (failing) return Report.debug(`effect-pgqueue: ${what} still does not go through`, Outcome.describe(cause))
+      if (failing) return Report.debug(`${what} still does not go through`, Outcome.describe(cause))
       failing = true
       const error = cause.reasons.find(Cause.isFailReason)?.error ?? Cause.squash(cause)
-      return Report.warning(`effect-pgqueue: ${what} does not go through (${Database.describe(error)})`)
+      return Report.warning(`${what} does not go through (${Database.describe(error)})`)
     })
   return {
     failed,
@@ -58,7 +58,7 @@ export const make = (what: string): Episode => {
       if (!failing) return Effect.void
       failing = false
       pause = shortest
-      return Report.info(`effect-pgqueue: ${what} goes through again`)
+      return Report.info(`${what} goes through again`)
     })
   }
 }

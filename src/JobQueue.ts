@@ -189,7 +189,7 @@ const make = Effect.fnUntraced(function*(options: Options) {
     options.onUnavailable === "fail" ? self : self.pipe(
       Effect.tapError((error) =>
         Database.isTransient(error)
-          ? Report.warning(`effect-pgqueue: waiting for the database (${Database.describe(error)})`)
+          ? Report.warning(`waiting for the database (${Database.describe(error)})`)
           : Effect.void
       ),
       Effect.retry({ while: Database.isTransient, schedule: Database.backoff })
@@ -216,7 +216,7 @@ const make = Effect.fnUntraced(function*(options: Options) {
   const mode = database.listens ? "listen" : "poll"
   const pooled = reach?.pools.keepsSettings === false ? ", statements through a pooler" : ""
   yield* Report.info(
-    `effect-pgqueue: schema "${schema}", ${mode === "listen" ? "LISTEN/NOTIFY" : "polling only"}${pooled}`
+    `schema "${schema}", ${mode === "listen" ? "LISTEN/NOTIFY" : "polling only"}${pooled}`
   )
 
   const awaiting = yield* Awaiting.make(store, wakeup)

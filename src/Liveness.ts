@@ -146,7 +146,7 @@ export const make = Effect.fnUntraced(function*(options: {
       if (!answer.alive) {
         if (retired) return
         yield* Report.warning(
-          `effect-pgqueue: worker ${id} was declared dead; its jobs are interrupted, it starts again under a new id`
+          `worker ${id} was declared dead; its jobs are interrupted, it starts again under a new id`
         )
         loseAll(false)
         id = SecureRandom.uuidV4Unsafe()
@@ -199,7 +199,7 @@ export const make = Effect.fnUntraced(function*(options: {
       if (lag < options.beat / 2 || now() - blockedAt < options.lease) return Effect.void
       blockedAt = now()
       return Report.warning(
-        `effect-pgqueue: the event loop stood still for ${
+        `the event loop stood still for ${
           Math.round(lag)
         } ms; a heartbeat is due every ${options.beat} ms, and after ${options.lease} ms without one the jobs of this process go to others. Does a handler compute without a pause?`
       )
@@ -219,7 +219,7 @@ export const make = Effect.fnUntraced(function*(options: {
     const until = now() - thawedAt < margin ? lastBeat + options.lease - step : deadline()
     if (lost || now() < until) return
     yield* Report.warning(
-      `effect-pgqueue: no heartbeat of worker ${id} got through in time; its jobs are interrupted`
+      `no heartbeat of worker ${id} got through in time; its jobs are interrupted`
     )
     loseAll(unreachable < lastBeat)
   }).pipe(Effect.forever)

@@ -201,7 +201,7 @@ export const start = Effect.fnUntraced(function*(options: {
           }),
           progressBound
         ),
-        (cause) => Report.debug("effect-pgqueue: the progress of a job could not be stored", Outcome.describe(cause))
+        (cause) => Report.debug("the progress of a job could not be stored", Outcome.describe(cause))
       )
   })
 
@@ -523,7 +523,7 @@ export const start = Effect.fnUntraced(function*(options: {
     const kept = runs.size + unsettled()
     if (kept > 0) {
       yield* Report.warning(
-        `effect-pgqueue: ${runs.size} handlers did not stop, ${unsettled()} jobs could not be settled; they are rescued after the lease time`
+        `${runs.size} handlers did not stop, ${unsettled()} jobs could not be settled; they are rescued after the lease time`
       )
     } else {
       // A lease whose statement was never answered is not to count as a loss.

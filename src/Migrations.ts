@@ -488,7 +488,7 @@ export const run = Effect.fn("Migrations.run")(
         isSqlError(error.cause)
           ? Effect.fail(error.cause)
           : Effect.die(new Error(error.message, { cause: error.cause }))),
-      Effect.tapCause((cause) => Report.debug("effect-pgqueue: migration did not go through", Cause.pretty(cause))),
+      Effect.tapCause((cause) => Report.debug("migration did not go through", Cause.pretty(cause))),
       Effect.retry({
         // 23505: somebody else has created the schema at the same time; "if not exists" does not cover that.
         while: (error) => Database.isTransient(error) || (isSqlError(error) && Database.sqlState(error) === "23505"),

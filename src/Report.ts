@@ -1,5 +1,5 @@
 /**
- * What the queue says in the application's log. A logger that throws, for want of a file or of memory, is not to end the loop
+ * What the queue says, under its name, in the application's log. A logger that throws, for want of a file or of memory, is not to end the loop
  * that has an outage to report.
  *
  * @since 0.1.0
@@ -8,8 +8,9 @@ import * as Effect from "effect/Effect"
 
 const unfailing = (say: (...message: ReadonlyArray<unknown>) => Effect.Effect<void>) =>
 (
-  ...message: ReadonlyArray<unknown>
-): Effect.Effect<void> => Effect.ignoreCause(say(...message))
+  what: string,
+  ...more: ReadonlyArray<unknown>
+): Effect.Effect<void> => Effect.ignoreCause(say(`effect-pgqueue: ${what}`, ...more))
 
 /** Reports what only somebody wants to know who looks for a cause. */
 export const debug = unfailing(Effect.logDebug)

@@ -230,7 +230,7 @@ const withTimeout = <A, E, R>(self: Effect.Effect<A, E, R>, running: Running, in
       running.fiber?.interruptUnsafe()
       yield* Effect.sleep(stubborn)
       yield* Report.warning(
-        `effect-pgqueue: job ${info.id} (${info.kind}) was told to stop after its timeout and still runs`
+        `job ${info.id} (${info.kind}) was told to stop after its timeout and still runs`
       )
     })
     // Detached: as a child it would be interrupted together with the run it reports on.

@@ -164,7 +164,7 @@ export const make = (options: {
       if (isNews) complained = options.now()
       return Effect.andThen(
         isNews
-          ? Report.error(`effect-pgqueue: job ${entry.id} cannot be settled`, Outcome.describe(cause))
+          ? Report.error(`job ${entry.id} cannot be settled`, Outcome.describe(cause))
           : Effect.void,
         later([entry], refusedPause)
       )

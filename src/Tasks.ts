@@ -112,7 +112,7 @@ export const rescueOnce = Effect.fnUntraced(function*(
       const lease = refused ? yield* Bounded.bounded(store.firstLost(after), bound) : undefined
       if (lease === undefined) return yield* Effect.failCause(tried.cause)
       yield* Report.error(
-        `effect-pgqueue: the jobs of lease ${lease} cannot be taken back`,
+        `the jobs of lease ${lease} cannot be taken back`,
         Outcome.describe(tried.cause)
       )
       after = lease
@@ -127,7 +127,7 @@ export const rescueOnce = Effect.fnUntraced(function*(
     after = taken.last
   }
   if (dead.length > 0 || jobs > 0) {
-    yield* Report.info(`effect-pgqueue: rescued ${jobs} jobs, ${dead.length} workers declared dead`)
+    yield* Report.info(`rescued ${jobs} jobs, ${dead.length} workers declared dead`)
   }
   return jobs
 })
@@ -142,7 +142,7 @@ export const parkOnce = Effect.fnUntraced(function*(store: Store.Store) {
     jobs += count
     if (count < front / 2) break
   }
-  if (jobs > 0) yield* Report.info(`effect-pgqueue: parked ${jobs} jobs of kinds that no worker handles`)
+  if (jobs > 0) yield* Report.info(`parked ${jobs} jobs of kinds that no worker handles`)
   return jobs
 })
 
@@ -158,7 +158,7 @@ export const unparkOnce = Effect.fnUntraced(function*(store: Store.Store, wakeup
     // The statement that finds nothing more removes the mark.
     if (count === 0) break
   }
-  if (jobs > 0) yield* Report.info(`effect-pgqueue: brought ${jobs} parked jobs back in line`)
+  if (jobs > 0) yield* Report.info(`brought ${jobs} parked jobs back in line`)
   return jobs
 })
 
@@ -180,7 +180,7 @@ export const auditOnce = Effect.fnUntraced(function*(
     if (repaired.length > 0) {
       yield* Metric.update(Telemetry.misplacedJobs, repaired.length)
       yield* Report.error(
-        `effect-pgqueue: ${repaired.length} jobs were in no place and are back in line; this must not happen, please report it`,
+        `${repaired.length} jobs were in no place and are back in line; this must not happen, please report it`,
         repaired.slice(0, 10)
       )
     }
@@ -203,7 +203,7 @@ const watchingNews = (store: Store.Store) => {
     warned = usage >= alarming
     if (alarmed || !warned) return
     yield* Report.warning(
-      `effect-pgqueue: the server's queue of notifications is ${
+      `the server's queue of notifications is ${
         Math.round(usage * 100)
       } % full: a session that listens holds a transaction open. When it is full, jobs are found by polling alone`
     )
@@ -244,7 +244,7 @@ export const cleanUpOnce = Effect.fnUntraced(function*(
     (ending) => Effect.exit(removeAll(store, (limit, after) => store.prune(ending, limit, after), timeout))
   )
   const jobs = exits.reduce((sum, exit) => sum + (Exit.isSuccess(exit) ? exit.value : 0), 0)
-  if (jobs > 0) yield* Report.debug(`effect-pgqueue: ${jobs} finished jobs were past their retention`)
+  if (jobs > 0) yield* Report.debug(`${jobs} finished jobs were past their retention`)
   for (const exit of exits) yield* exit
   return jobs
 })
@@ -255,7 +255,7 @@ export const cleanUpOnce = Effect.fnUntraced(function*(
 export const expireOnce = (store: Store.Store) =>
   Effect.tap(
     removeAll(store, store.expire),
-    (keys) => keys > 0 ? Report.debug(`effect-pgqueue: ${keys} unique keys had expired`) : Effect.void
+    (keys) => keys > 0 ? Report.debug(`${keys} unique keys had expired`) : Effect.void
   )
 
 /** How long at least from one turn of a task to the next, in all processes together, in milliseconds. */

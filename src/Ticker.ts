@@ -79,7 +79,7 @@ export const make = Effect.fnUntraced(function*(options: {
   const disable = Effect.fnUntraced(function*(name: string, updatedAt: string | undefined, problem: string) {
     // Said by who has done it, once: it may be locked, and is then looked at again and again.
     if (yield* Bounded.bounded(store.schedules.disable(name, updatedAt, problem), bound)) {
-      yield* Report.error(`effect-pgqueue: the schedule "${name}" has stopped: ${problem}`)
+      yield* Report.error(`the schedule "${name}" has stopped: ${problem}`)
     }
   })
 
@@ -125,14 +125,14 @@ export const make = Effect.fnUntraced(function*(options: {
       if (row.due !== null) yield* Metric.update(Telemetry.tickLateness, Math.max(0, row.now - row.due))
       if (missed) {
         yield* Report.info(
-          `effect-pgqueue: the schedule "${one.name}" is late; ${ticks.length} missed ticks are made up`
+          `the schedule "${one.name}" is late; ${ticks.length} missed ticks are made up`
         )
       }
       yield* Metric.update(Telemetry.enqueuedTicks, one.enqueued)
       if (one.enqueued > 0) wakeup.mark(one.queue, one.delay)
       if (one.skipped > 0) {
         yield* Metric.update(Telemetry.skippedTicks, one.skipped)
-        yield* Report.debug(`effect-pgqueue: ${one.skipped} ticks of the schedule "${one.name}" are skipped`)
+        yield* Report.debug(`${one.skipped} ticks of the schedule "${one.name}" are skipped`)
       }
     }
     return written.length
@@ -277,7 +277,7 @@ export const declaring = (
     const names = yield* Bounded.bounded(store.schedules.undeclare(declarations.missedAfter), bound)
     if (names.length > 0) {
       yield* Report.warning(
-        `effect-pgqueue: no running scheduler declares ${names.map((name) => `"${name}"`).join(", ")} any more; ${
+        `no running scheduler declares ${names.map((name) => `"${name}"`).join(", ")} any more; ${
           names.length === 1 ? "it goes" : "they go"
         } on until somebody removes ${names.length === 1 ? "it" : "them"}`
       )

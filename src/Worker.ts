@@ -232,7 +232,7 @@ const start = Effect.fnUntraced(function*(
   }
   if (router.transactional.length > 0 && database.connect === undefined) {
     yield* Report.warning(
-      "effect-pgqueue: without a PgClient the heartbeat goes through the pool of the transactional handlers: give it more connections than handlers that run at once, or their jobs are lost"
+      "without a PgClient the heartbeat goes through the pool of the transactional handlers: give it more connections than handlers that run at once, or their jobs are lost"
     )
   }
   // A worker waits for a database that is away, and would go on asking one that refuses it everything. What keeps this from

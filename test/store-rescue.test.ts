@@ -60,14 +60,16 @@ const deaf: Wakeup.Wakeup = {
   listen: Effect.never
 }
 
+/** So many leases with a job each. */
+const leased = (count: number) => Effect.forEach(Array.from({ length: count }), () => claimed([job()]))
+
 layer(Storage.layer, { excludeTestServices: true })("rescue", (it) => {
   it.effect(
     "leases whose rows a stranger has locked hide no other from the sweep",
     rule(Effect.gen(function*() {
       const { store } = yield* Storage
       // Eleven leases, one more than a sweep takes at a time; the stranger holds the jobs of the first ten.
-      const held: Array<{ readonly worker: string; readonly ids: ReadonlyArray<string> }> = []
-      for (let n = 0; n < 11; n++) held.push(yield* claimed([job()]))
+      const held = yield* leased(11)
       const stranger = yield* session
       yield* stranger.query("begin")
       yield* stranger.query("select from pgqueue.job where id = any ($1::text[]::uuid[]) for update", [
@@ -85,8 +87,7 @@ layer(Storage.layer, { excludeTestServices: true })("rescue", (it) => {
     "a job that cannot be taken back keeps no other one",
     rule(Effect.gen(function*() {
       const { store } = yield* Storage
-      const held: Array<{ readonly worker: string; readonly ids: ReadonlyArray<string> }> = []
-      for (let n = 0; n < 12; n++) held.push(yield* claimed([job()]))
+      const held = yield* leased(12)
       const bad = held[3]!.ids[0]!
       yield* query(`alter table pgqueue.job add constraint bad check (id <> '${bad}' or rescued = 0)`)
       for (const { worker } of held) yield* bury(worker)

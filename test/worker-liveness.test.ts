@@ -40,6 +40,11 @@ const overLink = Effect.gen(function*() {
 /** Long enough that what waits for a poll or for a regular heartbeat is seen to wait. */
 const rare = { pollInterval: "30 seconds", heartbeat: "20 seconds", lease: "60 seconds" } as const
 
+/** Every session of the database but the one that says so. */
+const terminateAll = rows(
+  "select pg_terminate_backend(pid) from pg_stat_activity where datname = current_database() and pid <> pg_backend_pid()"
+)
+
 const beat = "beat_at = clock_timestamp() where id = $1"
 
 describe("a worker that loses sessions", () => {
@@ -278,9 +283,7 @@ describe("a worker whose logger throws", () => {
       yield* Note.enqueue({ n: 0 })
       yield* started(1, 10_000)
       bad = true
-      yield* rows(
-        "select pg_terminate_backend(pid) from pg_stat_activity where datname = current_database() and pid <> pg_backend_pid()"
-      )
+      yield* terminateAll
       yield* Effect.sleep(1000)
       bad = false
       yield* Note.enqueue({ n: 1 })
@@ -331,9 +334,7 @@ describe("a database that was read-only for a while", () => {
       const set = (text: string) =>
         rows(`do $$ begin execute format('alter database %I ${text}', current_database()); end $$`)
       yield* set("set default_transaction_read_only = on")
-      yield* rows(
-        "select pg_terminate_backend(pid) from pg_stat_activity where datname = current_database() and pid <> pg_backend_pid()"
-      )
+      yield* terminateAll
       yield* Effect.sleep(2000)
       yield* set("reset default_transaction_read_only")
       yield* Effect.provide(Note.enqueue({ n: 0 }), queueLayer())
