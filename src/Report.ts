@@ -1,6 +1,6 @@
 /**
- * What the queue says, under its name, in the application's log. A logger that throws, for want of a file or of memory, is not to end the loop
- * that has an outage to report.
+ * What the queue says, under its name, in the application's log. A logger that throws, for want of a file or of memory, is
+ * not to end the loop that has an outage to report.
  *
  * @since 0.1.0
  */
