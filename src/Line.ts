@@ -9,8 +9,14 @@ import * as Store from "./Store.ts"
 /** Every lane that a look has to consider: all but those of the parked. */
 export const everyLane: ReadonlyArray<number> = [...Store.priorityLanes, ...Store.suspectLanes]
 
-/** Claim ahead as many jobs as ended in about this many milliseconds. */
+/** Claim ahead as many jobs as ended in about this many milliseconds … */
 const ahead = 100
+
+/**
+ * … or in as long as a claim takes, when that is longer, up to this: else a worker far from its database would ask for one
+ * slot that has become free, and keep the others empty until the answer is there.
+ */
+const mostAhead = 500
 
 /** The most jobs of one claim, and the most that wait in the buffer. */
 const mostClaimed = 500
@@ -35,11 +41,13 @@ export interface Line {
   /** Claimed and not started: the last is the next to start. */
   readonly buffer: Array<Run.Running>
   running: number
-  /** How many jobs ended in the last 100 ms, roughly: a count that decays. */
+  /** How many jobs ended in the time that is claimed ahead, roughly: a count that decays. */
   endings: number
   endingsAt: number
   /** When a job was last started or ended. */
   movedAt: number
+  /** How long the last claim took, and the one before it. */
+  took: readonly [last: number, before: number]
   readonly cursors: Map<number, Store.LaneCursor>
   sweptAt: number
   /** Time spent in sweeps, decaying. */
@@ -56,17 +64,21 @@ export const make = (queue: string, concurrency: number, now: number): Line => (
   endings: 0,
   endingsAt: now,
   movedAt: now,
+  took: [0, 0],
   cursors: new Map(),
   sweptAt: -Infinity,
   sweepCost: 0,
   sweepCostAt: now
 })
 
-const decayed = (line: Line, now: number): number => line.endings * Math.exp((line.endingsAt - now) / ahead)
+/** A single claim that was slow says nothing of the next one. */
+const aheadOf = ({ took }: Line): number => Math.max(ahead, Math.min(...took, mostAhead))
+
+const decayed = (line: Line, now: number): number => line.endings * Math.exp((line.endingsAt - now) / aheadOf(line))
 
 /**
- * How many jobs to claim now: the free slots, and ahead of them only as many as ended in the last 100 ms or so, whatever
- * the handlers do, so that no job waits here while another worker is idle.
+ * How many jobs to claim now: the free slots, and ahead of them only as many as ended in the last 100 ms or so, or while a
+ * claim is under way, whatever the handlers do, so that no job waits here while another worker is idle.
  */
 export const wanted = (line: Line, now: number): number => {
   const free = Math.max(0, line.concurrency - line.running)
@@ -110,6 +122,7 @@ export const claimed = (
     // Only the last of each lane counts.
     if (rows[i + 1]?.lane !== lane) line.cursors.set(lane, { lane, runAt, id })
   }
+  line.took = [options.now - options.startedAt, line.took[0]]
   if (options.sweep) {
     line.sweptAt = options.now
     line.sweepCost = line.sweepCost * Math.pow(0.5, (options.now - line.sweepCostAt) / 2000) +

@@ -527,8 +527,7 @@ export const start = Effect.fnUntraced(function*(options: {
       )
     } else {
       // A lease whose statement was never answered is not to count as a loss.
-      const goodbye = Effect.andThen(store.releaseAll(liveness.id()), store.unregister(liveness.id()))
-      yield* Effect.ignoreCause(Bounded.bounded(goodbye, Math.min(1000, left())))
+      yield* Effect.ignoreCause(Bounded.bounded(store.leave(liveness.id()), Math.min(1000, left())))
     }
     sayEnded([...runs].flatMap(({ fiber }) => fiber ?? []))
   })

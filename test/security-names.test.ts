@@ -325,7 +325,7 @@ describe("a lease is nobody's who does not hold it", () => {
         assert.deepInclude((yield* store.settle(worker, [{ ...entry, lease, id: guess }]))[0], { state: "gone" }, verb)
       }
       assert.include(yield* store.release(guess, [lease]), { leases: 0, back: 0 })
-      yield* store.releaseAll(guess)
+      yield* store.leave(guess)
       yield* store.unregister(guess)
       yield* store.progress(guess, id, `"mine"`)
       assert.strictEqual(yield* store.detach(guess, id, guess), "gone")

@@ -388,4 +388,25 @@ layer(Storage.layer, { excludeTestServices: true })("rescue", (it) => {
       assert.deepInclude(yield* store.rescue(10), { leases: 1, back: 1 })
     }))
   )
+
+  it.effect(
+    "leave puts the jobs of every lease that is left back in line, unburnt, and removes the worker",
+    rule(Effect.gen(function*() {
+      const { store } = yield* Storage
+      const held = yield* claimed([job(), job()])
+      const other = yield* claimed([job()])
+      yield* store.leave(held.worker)
+      for (const id of held.ids) {
+        assert.deepInclude(yield* stateOf(id), { place: "ready", rescued: 0, attempt: 0 })
+      }
+      assert.deepInclude(yield* stateOf(other.ids[0]!), { place: "lease" })
+      assert.isFalse(yield* alive(held.worker))
+      assert.isTrue(yield* alive(other.worker))
+      yield* store.settle(other.worker, other.ids.map((id) => entry(other.lease, id, "completed")))
+      yield* store.leave(other.worker)
+      assert.isFalse(yield* alive(other.worker))
+      // Nothing is left of it: it may have been declared dead meanwhile.
+      yield* store.leave(held.worker)
+    }))
+  )
 })

@@ -422,7 +422,7 @@ scenarios("shutdown", (scenario) => {
           { every: 500, within: 40_000 }
         )
         const end = yield* Effect.scoped(Effect.gen(function*() {
-          yield* stage.net.slow({ process: "worker 1", delay: 250 })
+          yield* stage.net.slow({ process: "worker 1", delay: 450 })
           yield* lock.release
           return yield* worker.end()
         }))
