@@ -121,9 +121,13 @@ const always: Record<string, string> = {
   "I1 no loss": `select i.key from evidence.intent i where i.outcome = 'acked'
     and not exists (select 1 from pgqueue.finished f where f.id = i.job)`,
   // Membership by one hash each: with `exists` it took minutes after a soak, of 270 000 jobs.
-  "I2 no phantom": `select i.key from evidence.intent i where i.outcome = 'rejected'
-    and (i.key::text in (select r.key from evidence.run r where r.key is not null)
-      or i.key::text in (select f.payload->>'key' from pgqueue.finished f where f.kind in ('work', 'pay')))`,
+  // Joins, because they may be hashed in parts: a list of a quarter of a million keys is too long for the memory of a statement,
+  // and was read once for each that was rejected (more than six minutes after a soak; 0.6 s).
+  "I2 no phantom":
+    `select i.key from evidence.intent i join evidence.run r on r.key = i.key::text where i.outcome = 'rejected'
+    union
+    select i.key from evidence.intent i join pgqueue.finished f on f.payload->>'key' = i.key::text
+    where i.outcome = 'rejected' and f.kind in ('work', 'pay')`,
   "I3 one final": `select job from watch.transition where what in ('completed', 'discarded', 'cancelled')
     group by job having count(*) > 1`,
   // What left a lease without an attempt or an end was released, by whom it was claimed: that is free. What entered another

@@ -10,7 +10,7 @@
  * ```
  *
  * Five repetitions take hours: each run keeps its results in a file whose name it says, and `--repeat 0 --from a.json --from
- * b.json` is the page of some that were run at different times.
+ * b.json` is the page of some that were run at different times, of everything or of single scenarios that were repeated.
  */
 import { spawnSync } from "node:child_process"
 import { mkdtempSync, readFileSync, writeFileSync } from "node:fs"
@@ -77,21 +77,25 @@ const figuresOf = (rounds: ReadonlyArray<Result>): string => {
 const names = [...new Set(results.flat().map(({ name }) => name))].toSorted((a, b) =>
   a.localeCompare(b, "en", { numeric: true })
 )
+const roundsOf = (name: string) => results.flat().filter((result) => result.name === name)
+const playedOf = (name: string) => roundsOf(name).filter(({ state }) => state !== "skipped")
 const rows = names.map((name) => {
-  const rounds = results.flat().filter((result) => result.name === name)
+  const rounds = roundsOf(name)
   const [id, what] = name.split(": ")
-  const played = rounds.filter(({ state }) => state !== "skipped")
+  const played = playedOf(name)
   const passed = played.filter(({ state }) => state === "passed").length
   return `| ${id} | ${what} | ${played.length === 0 ? "not here" : `${passed} of ${played.length}`} | ${
     figuresOf(rounds)
   } |`
 })
 const today = new Date().toISOString().slice(0, 10)
-const times = results.length === 1 ? "once" : `${results.length} times`
+// Some may have been repeated more often.
+const least = Math.min(...names.map((name) => playedOf(name).length).filter((times) => times > 0))
+const times = least === 1 ? "once" : `${least} times`
 const minutes = results.map((round) => Math.round(round.reduce((sum, { seconds }) => sum + seconds, 0) / 60))
 const report = [
   `The last run: ${today}, ${times}, ${Math.max(...minutes)} minutes${
-    results.length === 1 ? "" : " each"
+    least === 1 ? "" : " each"
   }, on ${cpus().length} cores. Numbers without a unit are milliseconds, and the largest of all runs.`,
   "",
   "| | what happens | passed | measured |",
