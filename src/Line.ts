@@ -46,8 +46,10 @@ export interface Line {
   endingsAt: number
   /** When a job was last started or ended. */
   movedAt: number
-  /** How long the last claim took, and the one before it. */
-  took: readonly [last: number, before: number]
+  /** How long the last claim took. */
+  took: number
+  /** For how long is claimed ahead. */
+  ahead: number
   readonly cursors: Map<number, Store.LaneCursor>
   sweptAt: number
   /** Time spent in sweeps, decaying. */
@@ -64,17 +66,15 @@ export const make = (queue: string, concurrency: number, now: number): Line => (
   endings: 0,
   endingsAt: now,
   movedAt: now,
-  took: [0, 0],
+  took: 0,
+  ahead,
   cursors: new Map(),
   sweptAt: -Infinity,
   sweepCost: 0,
   sweepCostAt: now
 })
 
-/** A single claim that was slow says nothing of the next one. */
-const aheadOf = ({ took }: Line): number => Math.max(ahead, Math.min(...took, mostAhead))
-
-const decayed = (line: Line, now: number): number => line.endings * Math.exp((line.endingsAt - now) / aheadOf(line))
+const decayed = (line: Line, now: number): number => line.endings * Math.exp((line.endingsAt - now) / line.ahead)
 
 /**
  * How many jobs to claim now: the free slots, and ahead of them only as many as ended in the last 100 ms or so, or while a
@@ -122,11 +122,13 @@ export const claimed = (
     // Only the last of each lane counts.
     if (rows[i + 1]?.lane !== lane) line.cursors.set(lane, { lane, runAt, id })
   }
-  line.took = [options.now - options.startedAt, line.took[0]]
+  const took = options.now - options.startedAt
+  // A single claim that was slow says nothing of the next one.
+  line.ahead = Math.max(ahead, Math.min(took, line.took, mostAhead))
+  line.took = took
   if (options.sweep) {
     line.sweptAt = options.now
-    line.sweepCost = line.sweepCost * Math.pow(0.5, (options.now - line.sweepCostAt) / 2000) +
-      (options.now - options.startedAt)
+    line.sweepCost = line.sweepCost * Math.pow(0.5, (options.now - line.sweepCostAt) / 2000) + took
     line.sweepCostAt = options.now
   }
 }

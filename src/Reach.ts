@@ -137,7 +137,7 @@ export const find = (
         // Nobody asks again: as it would be without a pooler.
         Effect.succeed(isUndecided(error) && speaker.endpoint.keepsSettings && listener.endpoint.keepsSettings))
     )
-    if (!listens) yield* Report.warning(`${deafness(speaker.endpoint, direct !== undefined)}`)
+    if (!listens) yield* Report.warning(deafness(speaker.endpoint, direct !== undefined))
     // An address that does not hear the client's announcements may be that of another database.
     return { pools: speaker.endpoint, sessions: listens ? listener.endpoint : speaker.endpoint, listens }
   })).pipe(Database.answeredWithin(bound))

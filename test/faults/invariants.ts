@@ -120,7 +120,6 @@ const always: Record<string, string> = {
   "I1 all have ended": "select id::text, kind from pgqueue.job limit 20",
   "I1 no loss": `select i.key from evidence.intent i where i.outcome = 'acked'
     and not exists (select 1 from pgqueue.finished f where f.id = i.job)`,
-  // Membership by one hash each: with `exists` it took minutes after a soak, of 270 000 jobs.
   // Joins, because they may be hashed in parts: a list of a quarter of a million keys is too long for the memory of a statement,
   // and was read once for each that was rejected (more than six minutes after a soak; 0.6 s).
   "I2 no phantom":

@@ -77,20 +77,18 @@ const figuresOf = (rounds: ReadonlyArray<Result>): string => {
 const names = [...new Set(results.flat().map(({ name }) => name))].toSorted((a, b) =>
   a.localeCompare(b, "en", { numeric: true })
 )
-const roundsOf = (name: string) => results.flat().filter((result) => result.name === name)
-const playedOf = (name: string) => roundsOf(name).filter(({ state }) => state !== "skipped")
+const playedOf = (name: string) => results.flat().filter((result) => result.name === name && result.state !== "skipped")
 const rows = names.map((name) => {
-  const rounds = roundsOf(name)
   const [id, what] = name.split(": ")
   const played = playedOf(name)
   const passed = played.filter(({ state }) => state === "passed").length
   return `| ${id} | ${what} | ${played.length === 0 ? "not here" : `${passed} of ${played.length}`} | ${
-    figuresOf(rounds)
+    figuresOf(played)
   } |`
 })
 const today = new Date().toISOString().slice(0, 10)
 // Some may have been repeated more often.
-const least = Math.min(...names.map((name) => playedOf(name).length).filter((times) => times > 0))
+const least = Math.min(results.length, ...names.map((name) => playedOf(name).length).filter((times) => times > 0))
 const times = least === 1 ? "once" : `${least} times`
 const minutes = results.map((round) => Math.round(round.reduce((sum, { seconds }) => sum + seconds, 0) / 60))
 const report = [
