@@ -137,7 +137,11 @@ export const find = (
         // Nobody asks again: as it would be without a pooler.
         Effect.succeed(isUndecided(error) && speaker.endpoint.keepsSettings && listener.endpoint.keepsSettings))
     )
-    if (!listens) yield* Report.warning(deafness(speaker.endpoint, direct !== undefined))
+    if (!listens) {
+      yield* Report.warning(
+        deafness(speaker.endpoint, direct !== undefined) + preparing(speaker.endpoint, client.config)
+      )
+    }
     // An address that does not hear the client's announcements may be that of another database.
     return { pools: speaker.endpoint, sessions: listens ? listener.endpoint : speaker.endpoint, listens }
   })).pipe(Database.answeredWithin(bound))
@@ -153,3 +157,12 @@ const deafness = (endpoint: Endpoint.Endpoint, direct: boolean): string => {
     ? `LISTEN hears nothing over the client's connections: ${so}. Something between them and the server loses notifications; give JobQueue.layer the server's own address as directUrl`
     : `the client goes through a transaction pooler, where settings of a session and LISTEN have no effect: ${so}${planned}. Give JobQueue.layer the server's own address as directUrl to hear of jobs at once`
 }
+
+/**
+ * What the application's own statements meet behind such a pooler. It is no small thing: where a ROLLBACK is prepared, too, it
+ * fails like the statement before it, and the pooler's sessions stay in transactions that nobody ends.
+ */
+const preparing = (endpoint: Endpoint.Endpoint, config: PgClient.PgClientConfig): string =>
+  endpoint.keepsSettings || config.prepare === false
+    ? ""
+    : ". Unless the pooler keeps prepared statements, give the PgClient prepare: false, or its own transactions fail"
