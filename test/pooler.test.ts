@@ -1,34 +1,25 @@
 /** Behind a pooler the queue does without what that does not keep, and says so. */
 import { PgClient } from "@effect/sql-pg"
-import * as PgConnection from "@effect/sql-pg/PgConnection"
 import { assert, describe, it } from "@effect/vitest"
-import { Context, Effect, Exit, Fiber, Layer, Logger, Queue, Redacted, Schema, Scope } from "effect"
+import { Context, Effect, Exit, Layer, Logger, Queue, Redacted, Schema } from "effect"
 import { ConnectionError, SqlError } from "effect/sql/SqlError"
 import * as Database from "../src/Database.ts"
 import { Job, JobQueue, Worker } from "../src/index.ts"
 import type { Options } from "../src/JobQueue.ts"
 import * as Reach from "../src/Reach.ts"
-import { Step } from "./programs/jobs.ts"
 import { makeDatabase } from "./support/database.ts"
 import { Ledger } from "./support/ledger.ts"
-import { makePgBouncer, pgbouncerBinary } from "./support/pgbouncer.ts"
 import { makePooling } from "./support/pooling.ts"
-import { startWorker } from "./support/processes.ts"
 import {
   allInPlace,
   databaseUrl,
-  databaseWithLedger,
-  endedTwice,
   now,
   phases,
   quantile,
-  rows,
   running,
   until,
   untilAllEnded,
   untilValue,
-  value,
-  watchEnds,
   withQueue
 } from "./support/queue.ts"
 
@@ -36,12 +27,12 @@ class Note extends Job.make("note", { payload: { n: Schema.Number } }) {}
 const NoteHandler = Note.toLayer(() => Effect.flatMap(Ledger, ({ record }) => record("start")))
 
 /** A queue with a client of its own at this address, and what it warns of. */
-const queueAt = Effect.fnUntraced(function*(url: string, options?: Options) {
+const queueAt = Effect.fnUntraced(function*(url: string, options?: Options, prepare?: boolean) {
   const warnings: Array<string> = []
   const logger = Logger.make(({ logLevel, message }) => void (logLevel === "Warn" && warnings.push(String(message))))
   const context = yield* Layer.build(Layer.fresh(
     JobQueue.layer(options).pipe(
-      Layer.provide(PgClient.layer({ url: Redacted.make(url), applicationName: "pooled" })),
+      Layer.provide(PgClient.layer({ url: Redacted.make(url), applicationName: "pooled", prepare })),
       Layer.provide(Logger.layer([logger]))
     )
   ))
@@ -90,6 +81,7 @@ describe("a client whose sessions do not keep what they are told", () => {
           assert.strictEqual(yield* phases("start"), enqueued)
           assert.strictEqual(warnings.length, 1, warnings.join("\n"))
           assert.match(warnings[0]!, /transaction pooler.*found by polling.*directUrl/)
+          assert.match(warnings[0]!, /give the PgClient prepare: false/)
           assert.notInclude(warnings[0], new URL(proxy.url).password)
           const sent = proxy.sent().join("\n")
           // Not printed when it fails: it is all that was said.
@@ -102,6 +94,14 @@ describe("a client whose sessions do not keep what they are told", () => {
       60_000
     )
   }
+
+  it.live("is not told to prepare nothing when it does not", () =>
+    withQueue(Effect.gen(function*() {
+      const proxy = yield* makePooling(yield* databaseUrl, { settings: "dropped", listen: "deaf" })
+      const { warnings } = yield* queueAt(proxy.url, {}, false)
+      assert.lengthOf(warnings, 1)
+      assert.notInclude(warnings[0], "prepare:")
+    })), 60_000)
 
   it.live("listens, where that works all the same", () =>
     withQueue(Effect.gen(function*() {
@@ -128,6 +128,7 @@ describe("a client that cannot hear", () => {
         yield* untilAllEnded()
         assert.strictEqual(warnings.length, 1, warnings.join("\n"))
         assert.match(warnings[0]!, /hears nothing.*directUrl/)
+        assert.notInclude(warnings[0], "prepare:")
         // Others hear what it says.
         yield* Effect.scoped(Effect.gen(function*() {
           const client = yield* PgClient.PgClient
@@ -247,192 +248,4 @@ describe("an error of a pooler", () => {
     const lost = new SqlError({ reason: new ConnectionError({ cause, message: "Socket error", operation: "query" }) })
     assert.isTrue(Database.isConnectionLoss(lost))
   })
-})
-
-/** Sessions of these programs on the server, whoever is in between. */
-const sessions = "application_name = any ($1::text[]) and datname = current_database()"
-
-/** Fails when something is left behind in the sessions that others are lent next, or a job is in no place. */
-const nothingLeft = Effect.fnUntraced(function*(names: ReadonlyArray<string>) {
-  yield* untilValue(
-    `select count(*)::int from pg_stat_activity where ${sessions} and state like 'idle in transaction%'`,
-    0,
-    { params: [names] }
-  )
-  yield* untilValue(
-    `select count(*)::int from pg_locks where locktype = 'advisory'
-     and database = (select oid from pg_database where datname = current_database())`,
-    0
-  )
-  assert.deepStrictEqual(yield* endedTwice, [])
-  yield* allInPlace
-})
-
-const warningsOf = (output: string) => output.split("\n").filter((line) => line.includes("transaction pooler")).length
-
-const timing = { heartbeat: 500, lease: 5000, rescueInterval: 500 }
-
-/** Enqueues until it is told to stop. */
-const producing = Effect.fnUntraced(function*(context: Context.Context<JobQueue>) {
-  const acknowledged: Array<string> = []
-  let going = true
-  let refused = 0
-  const fiber = yield* Effect.forkChild(Effect.forEach([1, 2, 3, 4], () =>
-    Effect.gen(function*() {
-      while (going) {
-        const exit = yield* Effect.exit(Effect.provideContext(
-          Step.enqueueAll(Array.from({ length: 20 }, () => ({ millis: 2 }))),
-          context
-        ))
-        if (Exit.isSuccess(exit)) acknowledged.push(...exit.value.map(({ id }) => id))
-        else refused++
-        yield* Effect.sleep(50)
-      }
-    }), { concurrency: "unbounded" }))
-  return {
-    acknowledged,
-    refused: () => refused,
-    stop: Effect.andThen(Effect.sync(() => void (going = false)), Fiber.join(fiber))
-  }
-})
-
-/** Fails unless all of these have completed. */
-const nothingLost = Effect.fnUntraced(function*(acknowledged: ReadonlyArray<string>) {
-  const finished = new Set(
-    (yield* rows<{ id: string }>("select id::text from pgqueue.finished where status = 'completed'"))
-      .map(({ id }) => id)
-  )
-  assert.deepStrictEqual(acknowledged.filter((id) => !finished.has(id)), [])
-})
-
-const completed = value("select count(*)::int from pgqueue.finished")
-
-/** How many milliseconds it takes until jobs end again. */
-const recovery = Effect.fnUntraced(function*(what: string) {
-  const before = yield* completed
-  return yield* until(what, Effect.map(completed, (n) => n > before + 20), { within: 15_000 })
-})
-
-/** Two workers and a producer behind a pooler, under load. */
-const underLoad = Effect.fnUntraced(function*(settings?: Parameters<typeof makePgBouncer>[1]) {
-  const names = ["one", "two"]
-  const url = yield* databaseUrl
-  const pooler = yield* makePgBouncer(url, settings)
-  yield* watchEnds
-  const workers = yield* Effect.forEach(
-    names,
-    (name) =>
-      startWorker({ url: pooler.through(url), ledgerUrl: url, name, concurrency: 10, ...timing, lease: 15_000 }),
-    { concurrency: 2 }
-  )
-  const { context } = yield* queueAt(pooler.through(url))
-  const { acknowledged, refused, stop } = yield* producing(context)
-  yield* recovery("it is under load")
-  /** The producer stops, all jobs end, once each, and the workers are still there. */
-  const stopsWell = Effect.gen(function*() {
-    yield* stop
-    yield* untilAllEnded({ within: 30_000 })
-    yield* Effect.logInfo("acknowledged", acknowledged.length, "refused", refused())
-    for (const worker of workers) assert.isTrue(worker.running(), worker.output())
-    yield* nothingLost(acknowledged)
-    yield* nothingLeft([...names, "pooled"])
-  })
-  return { context, pooler, stopsWell, url }
-})
-
-describe.skipIf(pgbouncerBinary === undefined)("PgBouncer in transaction mode", () => {
-  it.live("loses nothing: workers that die, sessions that are terminated", () =>
-    Effect.gen(function*() {
-      const names = ["first", "second", "third"]
-      const url = yield* databaseUrl
-      const pooler = yield* makePgBouncer(url)
-      const workers = yield* Effect.forEach(
-        names,
-        (name) => startWorker({ url: pooler.through(url), ledgerUrl: url, name, concurrency: 20, ...timing }),
-        { concurrency: 3 }
-      )
-      yield* watchEnds
-      const { context } = yield* queueAt(pooler.through(url))
-      const jobs = Array.from({ length: 2000 }, () => ({ millis: 5 }))
-      const ids = yield* Effect.provideContext(Step.enqueueAll(jobs), context)
-      yield* until("it is under load", Effect.map(completed, (n) => n > 300))
-      yield* workers[0]!.kill("SIGKILL")
-      const terminated = yield* value(
-        `select count(pg_terminate_backend(pid))::int from pg_stat_activity where ${sessions}`,
-        [[...names, "pooled"]]
-      )
-      assert.isAtLeast(terminated, 1)
-      yield* untilAllEnded({ within: 30_000 })
-      yield* nothingLost(ids.map(({ id }) => id))
-      yield* nothingLeft([...names, "pooled"])
-      assert.deepStrictEqual(workers.map(({ output }) => warningsOf(output())), [1, 1, 1])
-      for (const worker of workers.slice(1)) assert.isTrue(worker.running(), worker.output())
-    }).pipe(Effect.scoped, Effect.provide(databaseWithLedger())), 90_000)
-
-  it.live("is as fast with the server's own address", () =>
-    withQueue(Effect.gen(function*() {
-      const url = yield* databaseUrl
-      const pooler = yield* makePgBouncer(url)
-      const measured: Array<number> = []
-      for (const at of [url, pooler.through(url)]) {
-        const { context, queue, warnings } = yield* queueAt(at, { directUrl: Redacted.make(url) })
-        const scope = yield* Scope.make()
-        yield* Scope.provide(worker(context, "30 seconds"), scope)
-        yield* untilValue("select count(*)::int from pgqueue.worker", 1)
-        yield* Effect.sleep(300)
-        const took: Array<number> = []
-        for (let round = 0; round < 30; round++) took.push(yield* latency)
-        measured.push(quantile(took, 0.5))
-        yield* Scope.close(scope, Exit.void)
-        assert.strictEqual(queue.mode, "listen")
-        assert.deepStrictEqual(warnings, [])
-      }
-      yield* Effect.logInfo("milliseconds, direct and through the pooler", measured)
-      // A poll would take seconds.
-      assert.isBelow(measured[1]!, 200)
-    })), 60_000)
-
-  it.live("may pause, read its settings again, crash and come back under load", () =>
-    withQueue(Effect.gen(function*() {
-      const { pooler, stopsWell } = yield* underLoad()
-      yield* pooler.pause
-      yield* Effect.sleep(4000)
-      yield* pooler.resume
-      const took = [yield* recovery("after a pause")]
-      yield* pooler.reload
-      took.push(yield* recovery("after a reload"))
-      yield* pooler.kill
-      yield* Effect.sleep(500)
-      yield* pooler.start
-      took.push(yield* recovery("after a crash"))
-
-      assert.isBelow(Math.max(...took), 6000, took.map(Math.round).join(" "))
-      yield* stopsWell
-    })), 90_000)
-
-  it.live("may have no connection to lend for a while", () =>
-    withQueue(Effect.gen(function*() {
-      const { context, pooler, stopsWell, url } = yield* underLoad({
-        default_pool_size: 3,
-        query_wait_timeout: 1,
-        server_idle_timeout: 1
-      })
-      // Somebody else has taken all of them.
-      const strangers = yield* Effect.forEach([1, 2, 3], () =>
-        Effect.forkChild(Effect.ignoreCause(Effect.scoped(Effect.gen(function*() {
-          const session = yield* PgConnection.make({ url: Redacted.make(pooler.through(url)), prepare: false })
-          yield* session.query("begin")
-          yield* Effect.sleep(2500)
-          yield* session.query("commit")
-        })))))
-      yield* Effect.forEach(strangers, Fiber.join)
-      assert.isBelow(yield* recovery("when they are given back"), 6000)
-      yield* stopsWell
-      // Idle ones are closed under it.
-      yield* Effect.sleep(1500)
-      const last = yield* Effect.provideContext(Step.enqueue({ millis: 1 }), context)
-      yield* untilAllEnded({ within: 10_000 })
-      yield* nothingLost([last.id])
-      assert.match(yield* pooler.log, /query_wait_timeout/)
-    })), 90_000)
 })

@@ -4,15 +4,12 @@ import { assert, layer } from "@effect/vitest"
 import { Context, DateTime, Deferred, Effect, Exit, Layer, Logger, Option, Redacted, Schema } from "effect"
 import { SqlClient, type SqlError } from "effect/sql"
 import { randomBytes } from "node:crypto"
-import { readFileSync } from "node:fs"
-import { join } from "node:path"
 import * as Database from "../src/Database.ts"
 import { Admin, CronScheduler, Job, JobQueue, Maintenance, Worker } from "../src/index.ts"
 import { makeDatabase, TestDatabase } from "./support/database.ts"
 import { overhear } from "./support/overheard.ts"
 import { now, until } from "./support/queue.ts"
-
-const file = readFileSync(join(import.meta.dirname, "../docs/roles.sql"), "utf8")
+import { roleStatements } from "./support/roles.ts"
 
 class Pay extends Job.make("pay", {
   payload: { secret: Schema.String },
@@ -22,13 +19,6 @@ class Pay extends Job.make("pay", {
 const PayHandler = Pay.toLayer(({ secret }) =>
   secret === "fail" ? Effect.fail("it failed") : Effect.succeed(`paid ${secret}`)
 )
-
-/** The statements of a file, as any client can send them. */
-const statementsOf = (text: string): ReadonlyArray<string> =>
-  text.split(/(\$\w+\$[^]*?\$\w+\$)/).reduce<ReadonlyArray<string>>((all, part, index) => {
-    const pieces = index % 2 === 1 ? [part] : part.replaceAll(/^--.*$/gm, "").split(";")
-    return [...all.slice(0, -1), (all.at(-1) ?? "") + pieces[0]!, ...pieces.slice(1)]
-  }, []).filter((statement) => statement.trim() !== "")
 
 type Role = "owner" | "worker" | "producer" | "replacer" | "caller" | "viewer" | "admin" | "public"
 const roles: ReadonlyArray<Role> = ["owner", "worker", "producer", "replacer", "caller", "viewer", "admin", "public"]
@@ -51,7 +41,7 @@ class Roles extends Context.Service<Roles, {
       const sql = Context.get(context, SqlClient.SqlClient)
       const rows = (text: string, params?: ReadonlyArray<unknown>) => sql.unsafe<any>(text, params)
       const apply = Effect.forEach(
-        statementsOf(file.replaceAll("pgqueue", schema)),
+        roleStatements(schema),
         (statement) => rows(statement),
         { discard: true }
       )
@@ -537,7 +527,7 @@ layer(fixture, { excludeTestServices: true, timeout: "60 seconds" })("the role",
       yield* Effect.gen(function*() {
         const sql = yield* SqlClient.SqlClient
         const apply = Effect.forEach(
-          statementsOf(file.replaceAll("pgqueue", schema)),
+          roleStatements(schema),
           (statement) => sql.unsafe(statement)
         )
         yield* apply

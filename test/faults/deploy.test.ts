@@ -3,19 +3,22 @@ import { PgClient } from "@effect/sql-pg"
 import { assert } from "@effect/vitest"
 import { Context, Effect, Layer, Redacted, Schedule } from "effect"
 import { Migrator, SqlClient } from "effect/sql"
+import { isSqlError } from "effect/sql/SqlError"
 import { execFileSync } from "node:child_process"
 import * as Database from "../../src/Database.ts"
-import { JobQueueError } from "../../src/index.ts"
+import { Admin, JobQueue, JobQueueError } from "../../src/index.ts"
 import * as Migrations from "../../src/Migrations.ts"
+import { Work } from "../programs/actor.ts"
 import { Count, Flaky, Step } from "../programs/jobs.ts"
 import { makeDatabase } from "../support/database.ts"
 import { startProgram } from "../support/processes.ts"
 import { now, quantile, until } from "../support/queue.ts"
+import { roleStatements } from "../support/roles.ts"
 import { full, limit } from "./form.ts"
-import { queueAt, timed } from "./inside.ts"
+import { allRun, queueAt, theirs, timed } from "./inside.ts"
 import { makeNet } from "./net.ts"
 import { scenarios } from "./scenario.ts"
-import { type Stage, Victim } from "./stage.ts"
+import { load, type Stage, Victim } from "./stage.ts"
 
 /** How the catalog looks from outside, and in how many transactions it was made. */
 const shape = (url: string) =>
@@ -258,6 +261,94 @@ scenarios("a deploy", (scenario) => {
       yield* stage.finish()
       return { jobs: "100", "who may not migrate": "refused, NotMigrated" }
     }))
+
+  scenario(
+    "J9",
+    "each process logs in with the rights of its role and no others",
+    {},
+    (stage) =>
+      Effect.gen(function*() {
+        yield* Effect.forEach(roleStatements(), (text) => stage.rows(text))
+        const logins = ["owner", "worker", "producer", "viewer"] as const
+        const login = (role: typeof logins[number]) => `${role}_${process.pid}`
+        yield* Effect.acquireRelease(
+          Effect.forEach(
+            logins,
+            (role) => stage.rows(`create role ${login(role)} login password 'secret' in role pgqueue_${role}`)
+          ),
+          () =>
+            Effect.ignore(
+              Effect.forEach(
+                logins,
+                (role) =>
+                  Effect.andThen(stage.rows(`drop owned by ${login(role)}`), stage.rows(`drop role ${login(role)}`))
+              )
+            )
+        )
+        // What is the scenario's own: the table of the handlers, and what its triggers write.
+        yield* stage.rows("grant insert on public.paid to pgqueue_worker")
+        yield* stage.rows("grant usage on schema watch to public")
+        yield* stage.rows("grant insert on all tables in schema watch to public")
+        yield* stage.rows("grant usage on all sequences in schema watch to public")
+        const as = (role: typeof logins[number], address: string) => {
+          const url = new URL(address)
+          url.username = login(role)
+          url.password = "secret"
+          return url.href
+        }
+
+        const working = { url: as("worker", stage.net.url), queue: { migrate: false } }
+        const producing = { url: as("producer", stage.net.url), queue: { migrate: false } }
+        const workers = yield* Effect.forEach(
+          ["worker 1", "worker 2", "worker 3"],
+          (name) => stage.worker(name, working)
+        )
+        const scheduler = yield* stage.scheduler("scheduler", working)
+        const producer = yield* stage.producer("producer", { ...producing, rate: load })
+        yield* until("they work", Effect.map(stage.runsEnded, (ended) => ended > load))
+        // What the dead have left is taken back with the same rights.
+        yield* stage.during("a kill", workers[0]!.kill("SIGKILL"))
+        yield* stage.during(
+          "terminating",
+          stage.rows(`select pg_terminate_backend(pid) from pg_stat_activity where ${theirs}`)
+        )
+        const figures = yield* stage.recovered(3000)
+        yield* Effect.sleep(10_000)
+        allRun([workers[1]!, workers[2]!, scheduler, producer])
+
+        /** What the server lets nobody of this role do, and the library says so. */
+        const denied = Effect.fnUntraced(function*(
+          role: typeof logins[number],
+          what: string,
+          operation: Effect.Effect<unknown, unknown, JobQueue | SqlClient.SqlClient>
+        ) {
+          const queue = yield* queueAt(as(role, stage.url), { applicationName: role }, { migrate: false })
+          const error = yield* Effect.flip(Effect.provideContext(operation, queue))
+          assert.isTrue(
+            isSqlError(error) && error.reason._tag === "AuthorizationError",
+            `${role} ${what}: ${String(error)}`
+          )
+        }, Effect.scoped)
+        const sql = (text: string) => Effect.flatMap(SqlClient.SqlClient, (client) => client.unsafe(text))
+        const enqueue = Work.enqueue({ key: crypto.randomUUID(), millis: 0, fails: 0 })
+        for (const role of ["worker", "producer", "viewer"] as const) {
+          yield* denied(role, "creates", sql("create table pgqueue.mine ()"))
+          yield* denied(role, "alters", sql("alter table pgqueue.job add column mine int"))
+        }
+        yield* denied("producer", "reads", sql("select payload from pgqueue.job"))
+        yield* denied("producer", "gets", Admin.get(crypto.randomUUID()))
+        yield* denied("producer", "cancels", Admin.cancel(crypto.randomUUID()))
+        yield* denied("viewer", "enqueues", enqueue)
+        yield* denied("viewer", "reads", sql("select payload from pgqueue.finished"))
+        const counted = yield* Effect.scoped(Effect.gen(function*() {
+          const viewer = yield* queueAt(as("viewer", stage.url), { applicationName: "viewer" }, { migrate: false })
+          return yield* Context.get(viewer, JobQueue).stats
+        }))
+        assert.isNotEmpty(counted)
+        yield* Effect.scoped(queueAt(as("owner", stage.url), { applicationName: "owner" }))
+        return { ...figures, ...yield* stage.finish() }
+      })
+  )
 
   scenario(
     "J5",

@@ -1,5 +1,6 @@
 /** What scenarios do in their own process: queues and workers at any URL, and how long jobs have waited. */
 import { PgClient } from "@effect/sql-pg"
+import { assert } from "@effect/vitest"
 import { Effect, Layer, Redacted } from "effect"
 import { readFileSync } from "node:fs"
 import { JobQueue } from "../../src/index.ts"
@@ -7,7 +8,16 @@ import type * as Queue from "../../src/JobQueue.ts"
 import type { EmbeddedPostgres } from "../support/embedded.ts"
 import { serverProcesses } from "../support/processes.ts"
 import { now } from "../support/queue.ts"
-import type { Stage } from "./stage.ts"
+import type { Actor, Stage } from "./stage.ts"
+
+/** The sessions of processes under test. */
+export const theirs =
+  `datname = current_database() and application_name like any (array['worker%', 'producer%', 'scheduler%'])`
+
+/** Fails when one of them has ended. */
+export const allRun = (actors: ReadonlyArray<Actor>): void => {
+  for (const { name, output, running } of actors) assert.isTrue(running(), `${name} has ended:\n${output()}`)
+}
 
 /** A queue at a URL with a client of its own, in the current scope: a process, so to speak. */
 export const queueAt = (url: string, pool: Omit<PgClient.PgPoolConfig, "url"> = {}, options: Queue.Options = {}) =>

@@ -25,14 +25,10 @@ import { serverProcesses } from "../support/processes.ts"
 import { now, until } from "../support/queue.ts"
 import { statements } from "../support/wire.ts"
 import { full } from "./form.ts"
-import { frozen } from "./inside.ts"
+import { allRun, frozen, theirs } from "./inside.ts"
 import type { Cut } from "./net.ts"
 import { scenarios } from "./scenario.ts"
 import { type Actor, timing, Victim } from "./stage.ts"
-
-/** The sessions of processes under test. */
-const theirs =
-  `datname = current_database() and application_name like any (array['worker%', 'producer%', 'scheduler%'])`
 
 const pgCtl = (server: EmbeddedPostgres, ...args: ReadonlyArray<string>) => Effect.promise(() => server.pgCtl(args))
 
@@ -47,10 +43,6 @@ const titleOf = (pid: number): string => {
   } catch {
     return ""
   }
-}
-
-const allRun = (actors: ReadonlyArray<Actor>) => {
-  for (const { name, output, running } of actors) assert.isTrue(running(), `${name} has ended:\n${output()}`)
 }
 
 scenarios("the server", (scenario) => {

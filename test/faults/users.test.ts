@@ -8,6 +8,7 @@ import { Work } from "../programs/actor.ts"
 import { makeDatabase } from "../support/database.ts"
 import { until } from "../support/queue.ts"
 import { full } from "./form.ts"
+import { allRun } from "./inside.ts"
 import { scenarios } from "./scenario.ts"
 import { load, type Stage, Victim } from "./stage.ts"
 
@@ -42,7 +43,7 @@ scenarios("users", (scenario) => {
         )
         const meanwhile = (yield* stage.runsEnded) - before
         assert.isAbove(meanwhile, held * 4 / 1000 * load / 4, "it went on with what nobody had locked")
-        for (const { output, running } of workers) assert.isTrue(running(), output())
+        allRun(workers)
         return { meanwhile, ...yield* stage.finish() }
       })
   )
@@ -58,7 +59,7 @@ scenarios("users", (scenario) => {
           yield* stage.during(table, transaction(stage, 4000, `lock table pgqueue.${table} in access exclusive mode`))
           yield* stage.goesOn
         }
-        for (const { output, running } of workers) assert.isTrue(running(), output())
+        allRun(workers)
         return { ...yield* stage.recovered(5000), ...yield* stage.finish() }
       })
   )

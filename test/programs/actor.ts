@@ -44,8 +44,12 @@ export interface ActorProgram {
   /** Also the `application_name` of every session of the queue and the application. */
   readonly name: string
   readonly queue?: Queue.Options
+  /** The server's own address, for what is between it and `url`. */
+  readonly directUrl?: string
   /** The application's pool. */
   readonly connections?: number
+  /** It prepares its statements, unless told otherwise. */
+  readonly prepare?: boolean
   readonly concurrency?: number
   readonly gracePeriod?: number
   readonly heartbeat?: number
@@ -235,9 +239,13 @@ if (process.argv[1]?.endsWith("actor.ts") === true) {
   const PgLive = PgClient.layer({
     url: Redacted.make(options.url),
     applicationName: name,
-    maxConnections: connections ?? 10
+    maxConnections: connections ?? 10,
+    prepare: options.prepare
   })
-  const QueueLive = JobQueue.layer(options.queue).pipe(Layer.provideMerge(PgLive))
+  const QueueLive = JobQueue.layer({
+    ...options.queue,
+    directUrl: options.directUrl === undefined ? undefined : Redacted.make(options.directUrl)
+  }).pipe(Layer.provideMerge(PgLive))
   const boot = `${name} ${process.pid}`
   type Role = Layer.Layer<never, Job.EnqueueError | JobQueueError | SqlError, JobQueue | SqlClient.SqlClient>
   const roles: Record<ActorProgram["role"], Role> = {
