@@ -15,7 +15,7 @@ import { startProgram } from "../support/processes.ts"
 import { now, quantile, until } from "../support/queue.ts"
 import { roleStatements } from "../support/roles.ts"
 import { full, limit } from "./form.ts"
-import { allRun, queueAt, theirs, timed } from "./inside.ts"
+import { allRun, queueAt, terminating, timed } from "./inside.ts"
 import { makeNet } from "./net.ts"
 import { scenarios } from "./scenario.ts"
 import { load, type Stage, Victim } from "./stage.ts"
@@ -308,10 +308,7 @@ scenarios("a deploy", (scenario) => {
         yield* until("they work", Effect.map(stage.runsEnded, (ended) => ended > load))
         // What the dead have left is taken back with the same rights.
         yield* stage.during("a kill", workers[0]!.kill("SIGKILL"))
-        yield* stage.during(
-          "terminating",
-          stage.rows(`select pg_terminate_backend(pid) from pg_stat_activity where ${theirs}`)
-        )
+        yield* terminating(stage)
         const figures = yield* stage.recovered(3000)
         yield* Effect.sleep(10_000)
         allRun([workers[1]!, workers[2]!, scheduler, producer])

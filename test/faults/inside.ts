@@ -8,16 +8,28 @@ import type * as Queue from "../../src/JobQueue.ts"
 import type { EmbeddedPostgres } from "../support/embedded.ts"
 import { serverProcesses } from "../support/processes.ts"
 import { now } from "../support/queue.ts"
+import { theirs } from "./invariants.ts"
 import type { Actor, Stage } from "./stage.ts"
-
-/** The sessions of processes under test. */
-export const theirs =
-  `datname = current_database() and application_name like any (array['worker%', 'producer%', 'scheduler%'])`
 
 /** Fails when one of them has ended. */
 export const allRun = (actors: ReadonlyArray<Actor>): void => {
   for (const { name, output, running } of actors) assert.isTrue(running(), `${name} has ended:\n${output()}`)
 }
+
+/** Terminates every session of the processes, so many times, 2 s apart. */
+export const terminating = (stage: Stage, rounds = 1) =>
+  stage.during(
+    "terminating",
+    Effect.gen(function*() {
+      for (let round = 0; round < rounds; round++) {
+        if (round > 0) yield* Effect.sleep(2000)
+        const ended = yield* stage.value(
+          `select count(pg_terminate_backend(pid))::int from pg_stat_activity where ${theirs}`
+        )
+        assert.isAtLeast(ended, 1)
+      }
+    })
+  )
 
 /** A queue at a URL with a client of its own, in the current scope: a process, so to speak. */
 export const queueAt = (url: string, pool: Omit<PgClient.PgPoolConfig, "url"> = {}, options: Queue.Options = {}) =>

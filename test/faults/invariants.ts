@@ -3,6 +3,10 @@
  * have written down beside them, and the evidence of the ledger, which is copied into the same database first.
  */
 
+/** The sessions of processes under test. */
+export const theirs =
+  `datname = current_database() and application_name like any (array['worker%', 'producer%', 'scheduler%'])`
+
 /** Written by the same transactions as the changes themselves, so it is the truth even after a crash. */
 export const watch = [
   "create schema watch",
@@ -152,7 +156,7 @@ const always: Record<string, string> = {
     where datname = current_database() and state like 'idle in transaction%'`,
   "I11 hygiene: locks": "select pid, objid from pg_locks where locktype = 'advisory'",
   "I11 hygiene: sessions": `select pid, application_name, state, query from pg_stat_activity
-    where datname = current_database() and application_name like any (array['worker%', 'producer%', 'scheduler%'])`,
+    where ${theirs}`,
   "I11 hygiene: workers": "select id::text, name from pgqueue.worker",
   "I11 hygiene: leases": "select id::text, worker::text, ids::text from pgqueue.lease",
   "I11 hygiene: indexes": "select indexrelid::regclass::text from pg_index where not indisvalid",

@@ -6,7 +6,8 @@ import { Work } from "../programs/actor.ts"
 import { makePgBouncer, pgbouncerBinary, type PgBouncerSettings } from "../support/pgbouncer.ts"
 import { quantile } from "../support/queue.ts"
 import { full, limit } from "./form.ts"
-import { allRun, queueAt, theirs, waits } from "./inside.ts"
+import { allRun, queueAt, terminating, waits } from "./inside.ts"
+import { theirs } from "./invariants.ts"
 import { scenarios } from "./scenario.ts"
 import type { Actor, Stage } from "./stage.ts"
 
@@ -76,16 +77,7 @@ scenarios("a pooler", (scenario) => {
           yield* Effect.sleep(2000)
         }
         yield* stage.goesOn
-        yield* stage.during(
-          "terminating",
-          Effect.gen(function*() {
-            const rounds = full ? 10 : 2
-            for (let round = 0; round < rounds; round++) {
-              yield* stage.rows(`select pg_terminate_backend(pid) from pg_stat_activity where ${theirs}`)
-              if (round < rounds - 1) yield* Effect.sleep(2000)
-            }
-          })
-        )
+        yield* terminating(stage, full ? 10 : 2)
         const figures = yield* stage.recovered(3000)
         allRun([...producers, ...schedulers, ...workers.slice(killed.length), ...spare])
         return { ...figures, kills: killed.length, ...yield* stage.finish({ within: 150_000 }) }
@@ -215,6 +207,15 @@ scenarios("a pooler", (scenario) => {
       const figures = yield* stage.recovered(3000)
       assert.match(yield* pooler.log, /query_wait_timeout/)
       allRun([...producers, ...schedulers, ...workers])
+      const queue = yield* queueAt(pooler.through(stage.straight), { applicationName: "idle", prepare })
+      for (const actor of [...producers, ...schedulers]) {
+        yield* actor.end()
+      }
+      yield* stage.untilAllEnded()
+      // Sessions that are idle are closed under it.
+      yield* Effect.sleep(1500)
+      yield* Effect.provideContext(Work.enqueue({ key: crypto.randomUUID(), millis: 0, fails: 0 }), queue)
+      yield* stage.untilAllEnded(10_000)
       return { rounds, ...figures, ...yield* stage.finish({ within: 150_000 }) }
     }))
 })

@@ -25,7 +25,8 @@ import { serverProcesses } from "../support/processes.ts"
 import { now, until } from "../support/queue.ts"
 import { statements } from "../support/wire.ts"
 import { full } from "./form.ts"
-import { allRun, frozen, theirs } from "./inside.ts"
+import { allRun, frozen, terminating } from "./inside.ts"
+import { theirs } from "./invariants.ts"
 import type { Cut } from "./net.ts"
 import { scenarios } from "./scenario.ts"
 import { type Actor, timing, Victim } from "./stage.ts"
@@ -54,15 +55,7 @@ scenarios("the server", (scenario) => {
       Effect.gen(function*() {
         const { producers, schedulers, workers } = yield* stage.fleet()
         const rounds = full ? 20 : 2
-        yield* stage.during(
-          "terminating",
-          Effect.gen(function*() {
-            for (let round = 0; round < rounds; round++) {
-              yield* stage.rows(`select pg_terminate_backend(pid) from pg_stat_activity where ${theirs}`)
-              if (round < rounds - 1) yield* Effect.sleep(2000)
-            }
-          })
-        )
+        yield* terminating(stage, rounds)
         const figures = yield* stage.recovered(2000)
         allRun([...producers, ...schedulers, ...workers])
         // A transaction that was cut off four times waits for more than a minute before its last attempt.

@@ -2,6 +2,7 @@
 import { assert } from "@effect/vitest"
 import { Clock, Effect, Fiber, Random } from "effect"
 import { now, until } from "../support/queue.ts"
+import { theirs } from "./invariants.ts"
 import { scenarios } from "./scenario.ts"
 import type { Actor } from "./stage.ts"
 
@@ -78,8 +79,7 @@ scenarios("a soak", (scenario) => {
         ),
         stage.net.reset(),
         Effect.suspend(() => stage.net.reset({ process: any(mortal).name })),
-        stage.rows(`select pg_terminate_backend(pid) from pg_stat_activity where datname = current_database()
-          and application_name like any (array['worker%', 'producer%', 'scheduler%']) and random() < 0.3`),
+        stage.rows(`select pg_terminate_backend(pid) from pg_stat_activity where ${theirs} and random() < 0.3`),
         Effect.scoped(Effect.andThen(stage.net.slow({ delay: 100, jitter: 50 }), Effect.sleep(3000))),
         Effect.scoped(Effect.andThen(
           Effect.suspend(() => stage.net.blackHole({ process: any(mortal).name, heal: any(["deliver", "reset"]) })),

@@ -18,7 +18,7 @@ import { createLedger, Ledger } from "../support/ledger.ts"
 import { type Ended, keepProgram, type Program, startProgram } from "../support/processes.ts"
 import { allInPlace, now, until } from "../support/queue.ts"
 import { limit } from "./form.ts"
-import { type Allowed, evidence, invariants, ledgerTables, runs, watch } from "./invariants.ts"
+import { type Allowed, evidence, invariants, ledgerTables, runs, theirs, watch } from "./invariants.ts"
 import { makeNet } from "./net.ts"
 
 /** The reference settings, ten times as fast: what a scenario measures in leases is measured in these. */
@@ -391,8 +391,7 @@ export const makeStage = Effect.fnUntraced(function*(options: StageOptions = {})
     yield* until(
       "the sessions of processes that ended are gone",
       Effect.map(
-        value(`select count(*)::int from pg_stat_activity where datname = current_database()
-          and (application_name like 'worker%' or application_name like 'producer%' or application_name like 'scheduler%')`),
+        value(`select count(*)::int from pg_stat_activity where ${theirs}`),
         (left) => left === 0
       ),
       { within: 60_000 }
