@@ -3,6 +3,7 @@
  *
  * @since 0.1.0
  */
+import type * as Cause from "effect/Cause"
 import * as Effect from "effect/Effect"
 import type * as Current from "./Current.ts"
 import * as Database from "./Database.ts"
@@ -19,14 +20,6 @@ export type Transactional = (
   handler: Effect.Effect<Current.Ended, Current.Unhandled>,
   complete: (value: unknown) => Effect.Effect<Settlement.Entry, string>
 ) => Effect.Effect<Current.Ended, Current.Unhandled>
-
-/** A typed failure of the handler, apart from those of the transaction around it. */
-class HandlerFailed {
-  readonly error: Current.Unhandled
-  constructor(error: Current.Unhandled) {
-    this.error = error
-  }
-}
 
 /** How long to wait for somebody who has locked the job's row, in milliseconds. */
 const busyPause = 50
@@ -67,6 +60,8 @@ export const make = (options: {
       }
     })
 
+  /** How the handler has ended, apart from what fails around it. */
+  let failure: Cause.Cause<Current.Unhandled> | undefined
   let stopped = false
   const transaction = Database.transaction(
     database.app,
@@ -74,7 +69,10 @@ export const make = (options: {
       // A process that freezes must not keep its locks: after the lease others run the job, and would wait for them.
       yield* store.boundIdle(Math.max(options.lease, running.row.timeout_ms ?? 0))
       // Its scope closes inside: finalizers may use the transaction.
-      const value = yield* Effect.scoped(Effect.mapError(handler, (error) => new HandlerFailed(error)))
+      const value = yield* Effect.onError(Effect.scoped(handler), (cause) =>
+        Effect.sync(() => {
+          failure = cause
+        }))
       // From here on it holds locks of the queue, and has nothing to wait for but the commit.
       if ((running.row.timeout_ms ?? 0) > options.lease) yield* store.boundIdle(options.lease)
       yield* settle(yield* Effect.catch(complete(value), (message) => Effect.die(new Error(message))))
@@ -84,16 +82,18 @@ export const make = (options: {
         stopped = true
       })
     ))
-  ).pipe(
-    Effect.catch((error) => {
-      if (error instanceof HandlerFailed) return Effect.fail(error.error)
-      // A rollback on a connection that is gone hides that the run had been told to stop.
+  )
+  // Uninterruptible, because who has been told to stop handles nothing else.
+  const run = Effect.uninterruptibleMask((restore) =>
+    Effect.catchCause(restore(transaction), (cause) => {
+      // A rollback on a connection that is gone hides it, and that the run had been told to stop.
+      if (failure !== undefined) return Effect.failCause(failure)
       if (stopped) return Effect.interrupt
       // What fails around the handler is no error of its type. Whether a commit whose answer was lost has taken place, the
       // lease tells: if it has, the attempt that is now reported as failed is no longer in it, and changes nothing.
-      return Effect.die(error)
+      return Effect.orDie(Effect.failCause(cause))
     })
   )
 
-  return Effect.flatMap(options.detach(running), (mine) => mine ? transaction : lost)
+  return Effect.flatMap(options.detach(running), (mine) => mine ? run : lost)
 }

@@ -135,6 +135,34 @@ describe("a transactional handler", () => {
       yield* paid()
     })))
 
+  it.live("has the last word when its session is lost, and cannot be rolled back any more", () =>
+    withQueue(Effect.gen(function*() {
+      const ways: Record<number, Effect.Effect<unknown, Refused, Job.Current>> = {
+        1: new Refused({ n: 1 }),
+        2: Effect.die(new Error("of its own")),
+        3: Job.discard("not wanted")
+      }
+      yield* work(paying((n) =>
+        Effect.gen(function*() {
+          const sql = yield* SqlClient.SqlClient
+          yield* Effect.exit(sql`select pg_terminate_backend(pg_backend_pid())`)
+          return yield* ways[n]!
+        })
+      ))
+      yield* Pay.enqueueAll([{ n: 1 }, { n: 2 }, { n: 3 }])
+      yield* untilAllEnded()
+      yield* assertRows(
+        `select (payload ->> 'n')::int as n, status, error ->> 'tag' as tag, split_part(error ->> 'message', E'\n', 1) as message,
+         error -> 'error' ->> 'n' as error, reason from pgqueue.finished order by 1`,
+        [
+          { n: 1, status: "discarded", tag: "Failed", message: "Refused: ", error: "1", reason: null },
+          { n: 2, status: "discarded", tag: "Defect", message: "Error: of its own", error: null, reason: null },
+          { n: 3, status: "discarded", tag: null, message: null, error: null, reason: "not wanted" }
+        ]
+      )
+      yield* paid()
+    })))
+
   it.live("rolls back with a lost lease, and its job belongs to whoever has it now", () =>
     withQueue(Effect.gen(function*() {
       const started = yield* Deferred.make<void>()
