@@ -1,10 +1,12 @@
 /**
- * What a loop says of its failures: a warning when they begin, and when they have ended; in between nothing.
+ * What a loop says of its failures: a warning when they begin, and when they have ended; in between nothing. Of failures that
+ * come and go it says so every ten seconds.
  *
  * @since 0.1.0
  */
 import * as Cause from "effect/Cause"
 import * as Effect from "effect/Effect"
+import * as Bounded from "./Bounded.ts"
 import * as Database from "./Database.ts"
 import * as Outcome from "./Outcome.ts"
 import * as Report from "./Report.ts"
@@ -28,10 +30,19 @@ const shortest = 200
 const longest = 1000
 
 /**
+ * How often at most a loop says that failures begin, in milliseconds: on a disk that was full now and then a worker claimed in
+ * vain, and not in vain, thirty times a second.
+ */
+const saidEvery = 10_000
+
+/**
  * Begins to watch a loop, named by what it does.
  */
 export const make = (what: string): Episode => {
   let failing = false
+  /** Whether those that go on now have been told of, and when some last were. */
+  let said = false
+  let saidAt = -Infinity
   /** How long the next rest is, in milliseconds. */
   let pause = shortest
   const rest = Effect.suspend(() => {
@@ -40,9 +51,14 @@ export const make = (what: string): Episode => {
     return Effect.sleep(millis)
   })
   const failed: Episode["failed"] = (cause) =>
-    Effect.suspend(() => {
-      if (failing) return Report.debug(`${what} still does not go through`, Outcome.describe(cause))
+    Effect.clockWith((clock) => {
       failing = true
+      const at = Bounded.monotonic(clock)
+      if (said || at < saidAt + saidEvery) {
+        return Report.debug(`${what} still does not go through`, Outcome.describe(cause))
+      }
+      said = true
+      saidAt = at
       const error = cause.reasons.find(Cause.isFailReason)?.error ?? Cause.squash(cause)
       return Report.warning(`${what} does not go through (${Database.describe(error)})`)
     })
@@ -58,6 +74,8 @@ export const make = (what: string): Episode => {
       if (!failing) return Effect.void
       failing = false
       pause = shortest
+      if (!said) return Effect.void
+      said = false
       return Report.info(`${what} goes through again`)
     })
   }
