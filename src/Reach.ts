@@ -151,7 +151,7 @@ const deafness = (endpoint: Endpoint.Endpoint, direct: boolean): string => {
   const so = "jobs are found by polling"
   const planned = endpoint.keepsSettings ? "" : ", and statements are planned each time"
   if (direct) {
-    return `LISTEN at directUrl does not hear what the client announces: ${so}${planned}. Is it the address of the same database, and of the server itself?`
+    return `LISTEN at directUrl does not hear what the client announces: ${so}${planned}. It has to be the address of the same database, and of the server itself`
   }
   return endpoint.keepsSettings
     ? `LISTEN hears nothing over the client's connections: ${so}. Something between them and the server loses notifications; give JobQueue.layer the server's own address as directUrl`

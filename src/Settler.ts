@@ -25,7 +25,7 @@ const maxEntries = 1000
 /** In batches of so many, those that have completed are settled apart from the others, at a half of the price. */
 const splitFrom = 16
 
-/** Beyond this many unsettled jobs nothing is claimed: a database that cannot settle shall not be asked for more. */
+/** Beyond this many unsettled jobs in one buffer nothing is claimed: a database that cannot settle shall not be asked for more. */
 const backPressure = 2500
 
 /** How much text of its handler travels with an entry, in characters. */
