@@ -206,13 +206,13 @@ scenarios("data", (scenario) => {
       for (const value of good) {
         assert.deepStrictEqual(yield* taken(value), [true, true], String(JSON.stringify(value)).slice(0, 100))
       }
-      const let_in: Array<string> = []
+      const admitted: Array<string> = []
       for (const [index, value] of bad.entries()) {
         if ((yield* taken(value)).includes(true)) {
-          let_in.push(`${index}: ${Object.prototype.toString.call(value)}`)
+          admitted.push(`${index}: ${Object.prototype.toString.call(value)}`)
         }
       }
-      assert.deepStrictEqual(let_in, [])
+      assert.deepStrictEqual(admitted, [])
 
       const runs = full ? 100_000 : 3000
       const seed = Math.floor((yield* Random.next) * 2 ** 31)

@@ -1,4 +1,4 @@
-/** What scenarios do in their own process: queues and workers at any URL, and how long jobs have waited. */
+/** What many scenarios do and ask: to processes, sessions and servers, and with a queue of their own. */
 import { PgClient } from "@effect/sql-pg"
 import { assert } from "@effect/vitest"
 import { Effect, Layer, Redacted } from "effect"

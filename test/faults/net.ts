@@ -56,8 +56,6 @@ export interface Net {
   ) => Effect.Effect<void, never, Scope.Scope>
   /** New sessions are accepted and get nothing, garbage, or a TLS alert; those that are there are reset. */
   readonly impostor: (answer: "nothing" | "garbage" | "alert") => Effect.Effect<void, never, Scope.Scope>
-  /** New sessions are reset at once; those that are there too. */
-  readonly refuse: Effect.Effect<void, never, Scope.Scope>
   /**
    * Resets one session at a point of a request, and acts at that very moment; what is returned waits until it has happened,
    * and tells whose session it was.
@@ -116,7 +114,7 @@ export const makeNet = Effect.fnUntraced(function*(
   /** Sessions of which one side has gone behind a black hole: the other side hears of it when the hole ends. */
   const orphans = new Map<Session, () => void>()
   let to = new URL(target)
-  let impostor: "nothing" | "garbage" | "alert" | "refuse" | undefined
+  let impostor: "nothing" | "garbage" | "alert" | undefined
 
   /** One way of one session: in order, as late and as slow as the rules say at the time. */
   const makeFlow = (session: () => Session, way: Way, write: (chunk: Buffer) => void): Flow => {
@@ -168,8 +166,7 @@ export const makeNet = Effect.fnUntraced(function*(
     if (impostor !== undefined) {
       // What is not read has no end.
       client.resume()
-      if (impostor === "refuse") client.resetAndDestroy()
-      else if (impostor === "garbage") client.write("HTTP/1.1 400 Bad Request\r\n\r\n")
+      if (impostor === "garbage") client.write("HTTP/1.1 400 Bad Request\r\n\r\n")
       else if (impostor === "alert") client.write(Buffer.from([0x15, 0x03, 0x01, 0x00, 0x02, 0x02, 0x28]))
       const silent: Flow = { push: () => {}, look: () => {} }
       const one: Session = { client, name: "", sent: "", heard: 0, flows: { requests: silent, answers: silent } }
@@ -326,7 +323,6 @@ export const makeNet = Effect.fnUntraced(function*(
         })
       }),
     impostor: posing,
-    refuse: posing("refuse"),
     cut: (on, act = () => {}) =>
       Effect.sync(() => {
         let tell: (process: string) => void = () => {}

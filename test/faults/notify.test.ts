@@ -65,7 +65,7 @@ scenarios("NOTIFY", (scenario) => {
     (stage) =>
       Effect.gen(function*() {
         const measured: Array<number> = []
-        const rounds = full ? 10_000 : 300
+        const rounds = full ? 20_000 : 300
         yield* Effect.scoped(Effect.gen(function*() {
           const ping = yield* pinged(stage)
           for (let round = 0; round < rounds; round++) {
@@ -75,13 +75,11 @@ scenarios("NOTIFY", (scenario) => {
           }
         }))
         yield* stage.finish()
-        // 250 ms at most on an idle machine; on a loaded machine a process may not be given its turn for so long. It must not be the poll.
+        // It must not be the poll.
         const longest = measured.reduce((a, b) => Math.max(a, b))
-        assert.isBelow(longest, limit(500))
-        const late = measured.filter((wait) => wait > 250).length
+        assert.isBelow(longest, limit(250))
         return {
           rounds: `${rounds}`,
-          "over 250 ms": `${late}`,
           p50: quantile(measured, 0.5),
           p99: quantile(measured, 0.99),
           longest
@@ -270,8 +268,7 @@ scenarios("NOTIFY", (scenario) => {
           yield* Effect.sleep((yield* Random.next) * interval)
         }
         const p99 = quantile(measured, 0.99)
-        // 100 ms more than the interval, and as much again for a busy machine.
-        assert.isBelow(p99, limit(interval + 200))
+        assert.isBelow(p99, limit(interval + 100))
         said.push(`p50 ${quantile(measured, 0.5)}`, `p99 ${p99}`)
       })).pipe(Effect.provide(Logger.layer([logger])))
       yield* stage.finish()
@@ -413,8 +410,8 @@ scenarios("a server that takes no more notifications", (scenario) => {
         )
         // To the last byte.
         yield* Effect.ignore(fill(1))
-        const full = yield* Effect.flip(Effect.forever(stage.rows("select pg_notify('elsewhere', random()::text)")))
-        assert.isTrue(Database.isFullOfNews(full), String(full))
+        const error = yield* Effect.flip(Effect.forever(stage.rows("select pg_notify('elsewhere', random()::text)")))
+        assert.isTrue(Database.isFullOfNews(error), String(error))
         const ways: Record<string, Effect.Effect<unknown, unknown, JobQueue | SqlClient.SqlClient>> = {
           alone: Effect.andThen(Effect.sleep(50), Count.enqueue({ n: 1 })),
           many: Count.enqueueAll([{ n: 2 }, { n: 2 }]),

@@ -13,7 +13,7 @@
  * b.json` is the page of some that were run at different times, of everything or of single scenarios that were repeated.
  */
 import { spawnSync } from "node:child_process"
-import { mkdtempSync, readFileSync, writeFileSync } from "node:fs"
+import { mkdtempSync, readFileSync, statSync, writeFileSync } from "node:fs"
 import { cpus, tmpdir } from "node:os"
 import { join } from "node:path"
 import { parseArgs } from "node:util"
@@ -36,7 +36,7 @@ const { positionals: ids, values } = parseArgs({
 const home = join(import.meta.dirname, "..", "..")
 // Sound: what the configuration of these tests writes.
 const resultsOf = (file: string) => JSON.parse(readFileSync(file, "utf8")) as ReadonlyArray<Result>
-const results: Array<ReadonlyArray<Result>> = values.from.map(resultsOf)
+const files = [...values.from]
 
 for (let round = 1; round <= Number(values.repeat); round++) {
   const out = join(mkdtempSync(join(tmpdir(), "faults-")), "results.json")
@@ -53,11 +53,13 @@ for (let round = 1; round <= Number(values.repeat); round++) {
     { cwd: home, stdio: "inherit", env: { ...process.env, FAULTS: "full", FAULTS_RESULTS: out } }
   )
   if (status !== 0) process.exitCode = 1
-  const all = resultsOf(out)
   process.stdout.write(`\nresults: ${out}\n`)
-  // Some were not asked for; of all, those that were skipped cannot be played on this machine.
-  results.push(ids.length === 0 ? all : all.filter(({ state }) => state !== "skipped"))
+  files.push(out)
 }
+// Some were not asked for; of all, those that were skipped cannot be played on this machine.
+const results = files.map(resultsOf).map((all) =>
+  ids.length === 0 ? all : all.filter(({ state }) => state !== "skipped")
+)
 
 const written = (value: string | number): string =>
   typeof value === "string" ? value : value >= 100 ? String(Math.round(value)) : String(Math.round(value * 10) / 10)
@@ -86,15 +88,15 @@ const rows = names.map((name) => {
     figuresOf(played)
   } |`
 })
-const today = new Date().toISOString().slice(0, 10)
+const day = new Date(Math.max(...files.map((file) => statSync(file).mtimeMs))).toISOString().slice(0, 10)
 // Some may have been repeated more often.
 const least = Math.min(results.length, ...names.map((name) => playedOf(name).length).filter((times) => times > 0))
 const times = least === 1 ? "once" : `${least} times`
 const minutes = results.map((round) => Math.round(round.reduce((sum, { seconds }) => sum + seconds, 0) / 60))
 const report = [
-  `The last run: ${today}, ${times}, ${Math.max(...minutes)} minutes${
+  `The last run: ${day}, ${times}, ${Math.max(...minutes)} minutes${
     least === 1 ? "" : " each"
-  }, on ${cpus().length} cores. Numbers without a unit are milliseconds, and the largest of all runs.`,
+  } for all of it, on ${cpus().length} cores. What is a time is in milliseconds, and the largest of all runs, as other numbers are; what has a unit is that of the last one.`,
   "",
   "| | what happens | passed | measured |",
   "| - | - | - | - |",
@@ -107,7 +109,7 @@ if (ids.length === 0 || values.write) {
   const page = join(home, "docs", "faults.md")
   const text = readFileSync(page, "utf8")
   const keyOf = (row: string) => row.split("|").slice(1, 3).map((cell) => cell.trim()).join(" ")
-  const replaced = new Map(rows.map((row) => [keyOf(row), row.replace(/( of \d+) \|/, `$1, ${today} |`)]))
+  const replaced = new Map(rows.map((row) => [keyOf(row), row.replace(/( of \d+) \|/, `$1, ${day} |`)]))
   writeFileSync(
     page,
     ids.length > 0

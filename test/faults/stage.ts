@@ -30,6 +30,9 @@ export const load = 150
 /** When the jobs of a dead process have been taken back at the latest: a lease, a sweep with its jitter, and 5 s. */
 export const rescuedWithin = timing.lease + timing.rescueInterval * 1.2 + 5000
 
+/** How many jobs a worker has that it could not settle, at least, before it starts no more. */
+export const fullBuffer = 2500
+
 /** The server that is harmed; the scenarios of a file share it. */
 export class Victim extends Context.Service<Victim, EmbeddedPostgres>()("effect-pgqueue/test/faults/stage/Victim") {
   static readonly layer = (options?: StartOptions): Layer.Layer<Victim> => Layer.effect(Victim, ownServer(options))
@@ -338,6 +341,15 @@ export const makeStage = Effect.fnUntraced(function*(options: StageOptions = {})
       yield* Effect.provideService(allInPlace, Ledger, truth)
       for (const { name, output } of actors) {
         assert.notMatch(output(), /unhandledRejection|uncaughtException|\] (ERROR|FATAL) \(/i, name)
+        const seconds = Object.values(Object.groupBy(
+          output().match(/^\[\d\d:\d\d:\d\d/gm) ?? [],
+          (second) => second
+        ))
+        assert.isAtMost(
+          Math.max(0, ...seconds.map((lines) => lines!.length)),
+          20,
+          `lines of ${name} in a second:\n${output()}`
+        )
       }
     })
 
@@ -433,7 +445,6 @@ export const makeStage = Effect.fnUntraced(function*(options: StageOptions = {})
     goesOn,
     recovered,
     untilAllEnded,
-    judge,
     finish
   }
 })

@@ -33,8 +33,6 @@ const reaping = "delete from \"pgqueue\".worker where id = any"
 const rescuing = "for update of l skip locked"
 const firing = "as i(name, next_at, updated_at, last_job, following, passed)"
 
-/** Under which name a process registers. */
-
 interface Death {
   readonly boot: string
   readonly at: string
@@ -178,7 +176,7 @@ scenarios("workers", (scenario) => {
     Effect.gen(function*() {
       const { workers: [...workers] } = yield* stage.fleet()
       const deaths: Array<Death> = []
-      for (let round = 0; round < (full ? 20 : 3); round++) {
+      for (let round = 0; round < (full ? 30 : 3); round++) {
         const begun = performance.now()
         const at = round % workers.length
         deaths.push(yield* kill(stage, workers[at]!))

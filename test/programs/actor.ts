@@ -28,9 +28,13 @@ export class Work extends Job.make("work", {
   retry: {}
 }) {}
 
+/** A statement of a handler failed, or the handler was to fail. */
+class Unpaid extends Schema.TaggedError<Unpaid>()("Unpaid", { why: Schema.String }) {}
+
 /** The same in a transaction, in which it pays, once before its work and once after it. */
 export class Pay extends Job.make("pay", {
-  payload: { key: Schema.String, millis: Schema.Finite, fails: Schema.Finite }
+  payload: { key: Schema.String, millis: Schema.Finite, fails: Schema.Finite },
+  error: Unpaid
 }) {}
 
 /** What a schedule enqueues. */
@@ -58,6 +62,8 @@ export interface ActorProgram {
   readonly pollInterval?: number
   /** Jobs a second that a producer enqueues. */
   readonly rate?: number
+  /** A producer has no transactions, and no jobs that run in one. */
+  readonly withoutTransactions?: boolean
   /** How long its jobs take, from and to. */
   readonly millis?: readonly [number, number]
   /** It goes on when a promise is rejected, or an error thrown, and nobody was there to hear of it. */
@@ -75,8 +81,9 @@ const interrupted = Effect.onInterrupt(() => Effect.flatMap(Ledger, (ledger) => 
 const WorkHandler = Work.toLayer(Effect.fnUntraced(function*({ fails, key, millis }) {
   yield* record("start", key)
   yield* Effect.sleep(millis)
-  yield* record("end", key)
-  if ((yield* Job.Current).attempt <= fails) return yield* Effect.die("it fails at first")
+  const failing = (yield* Job.Current).attempt <= fails
+  yield* record(failing ? "failed" : "end", key)
+  if (failing) return yield* Effect.die("it fails at first")
 }, interrupted))
 
 const PayHandler = Pay.toLayer(
@@ -88,10 +95,11 @@ const PayHandler = Pay.toLayer(
       yield* sql`insert into public.paid (job, part) values (${id}::uuid, 1)`
       yield* Effect.sleep(millis)
       yield* sql`insert into public.paid (job, part) values (${id}::uuid, 2)`
-      yield* record("end", key)
-      if (attempt <= fails) return yield* Effect.die("it fails at first")
+      const failing = attempt <= fails
+      yield* record(failing ? "failed" : "end", key)
+      if (failing) return yield* new Unpaid({ why: "it fails at first" })
     },
-    Effect.orDie,
+    Effect.catchTag("SqlError", ({ reason }) => new Unpaid({ why: reason._tag })),
     interrupted
   ),
   { transactional: true }
@@ -122,7 +130,8 @@ const makeIntents = Effect.fnUntraced(function*(url: string, producer: string) {
 class RolledBack extends Schema.TaggedError<RolledBack>()("RolledBack", {}) {}
 
 /** Enqueues one job in one of the ways there are, and tells what has become of it. */
-const produce = Effect.fnUntraced(function*(key: string, n: number, millis: readonly [number, number]) {
+const produce = Effect.fnUntraced(function*(key: string, n: number, options: ActorProgram) {
+  const { millis = [5, 50], withoutTransactions = false } = options
   const sql = yield* SqlClient.SqlClient
   const payload = {
     key,
@@ -134,7 +143,7 @@ const produce = Effect.fnUntraced(function*(key: string, n: number, millis: read
     Job.EnqueueError | RolledBack | SqlError,
     JobQueue | SqlClient.SqlClient
   > => {
-    switch (n % 20) {
+    switch (withoutTransactions && [1, 2, 6, 7].includes(n % 20) ? 0 : n % 20) {
       case 1:
       case 2:
         return Pay.enqueue(payload)
@@ -171,7 +180,7 @@ const produce = Effect.fnUntraced(function*(key: string, n: number, millis: read
 
 /** Enqueues at a rate, whatever becomes of it, until it is told to stop; then waits for what is out. */
 const producing = Effect.fnUntraced(function*(options: ActorProgram) {
-  const { ledgerUrl, millis = [5, 50], name, rate = 100 } = options
+  const { ledgerUrl, name, rate = 100 } = options
   const intents = yield* makeIntents(ledgerUrl, name)
   let out = 0
   let stopping = false
@@ -186,7 +195,7 @@ const producing = Effect.fnUntraced(function*(options: ActorProgram) {
     out += count
     const keys = Array.from({ length: count }, () => randomUUID())
     yield* intents.begin(keys)
-    yield* Effect.forEach(keys, (key) => produce(key, n++, millis), { concurrency: "unbounded" }).pipe(
+    yield* Effect.forEach(keys, (key) => produce(key, n++, options), { concurrency: "unbounded" }).pipe(
       Effect.flatMap(intents.end),
       Effect.ensuring(Effect.sync(() => (out -= count))),
       Effect.forkDetach
