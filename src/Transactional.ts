@@ -3,8 +3,9 @@
  *
  * @since 0.1.0
  */
-import type * as Cause from "effect/Cause"
+import * as Cause from "effect/Cause"
 import * as Effect from "effect/Effect"
+import { isSqlError } from "effect/sql/SqlError"
 import type * as Current from "./Current.ts"
 import * as Database from "./Database.ts"
 import type * as Run from "./Run.ts"
@@ -20,6 +21,16 @@ export type Transactional = (
   handler: Effect.Effect<Current.Ended, Current.Unhandled>,
   complete: (value: unknown) => Effect.Effect<Settlement.Entry, string>
 ) => Effect.Effect<Current.Ended, Current.Unhandled>
+
+/**
+ * Whether a run has ended because it was told to stop. Rollbacks may have failed then, those to a savepoint of the handler's
+ * own, too: the connection was gone.
+ */
+const isTold = (cause: Cause.Cause<unknown>): boolean =>
+  Cause.hasInterrupts(cause) &&
+  cause.reasons.every((reason) =>
+    Cause.isInterruptReason(reason) || (Cause.isDieReason(reason) && isSqlError(reason.defect))
+  )
 
 /** How long to wait for somebody who has locked the job's row, in milliseconds. */
 const busyPause = 50
@@ -60,40 +71,37 @@ export const make = (options: {
       }
     })
 
-  /** How the handler has ended, apart from what fails around it. */
-  let failure: Cause.Cause<Current.Unhandled> | undefined
-  let stopped = false
-  const transaction = Database.transaction(
-    database.app,
-    Effect.gen(function*() {
-      // A process that freezes must not keep its locks: after the lease others run the job, and would wait for them.
-      yield* store.boundIdle(Math.max(options.lease, running.row.timeout_ms ?? 0))
-      // Its scope closes inside: finalizers may use the transaction.
-      const value = yield* Effect.onError(Effect.scoped(handler), (cause) =>
-        Effect.sync(() => {
-          failure = cause
-        }))
-      // From here on it holds locks of the queue, and has nothing to wait for but the commit.
-      if ((running.row.timeout_ms ?? 0) > options.lease) yield* store.boundIdle(options.lease)
-      yield* settle(yield* Effect.catch(complete(value), (message) => Effect.die(new Error(message))))
-      return value
-    }).pipe(Effect.onInterrupt(() =>
-      Effect.sync(() => {
-        stopped = true
+  const run = Effect.suspend(() => {
+    /** How the handler has ended, apart from what fails around it. */
+    let failure: Cause.Cause<Current.Unhandled> | undefined
+    const transaction = Database.transaction(
+      database.app,
+      Effect.gen(function*() {
+        // A process that freezes must not keep its locks: after the lease others run the job, and would wait for them.
+        yield* store.boundIdle(Math.max(options.lease, running.row.timeout_ms ?? 0))
+        // Its scope closes inside: finalizers may use the transaction.
+        const value = yield* Effect.onError(Effect.scoped(handler), (cause) =>
+          Effect.sync(() => {
+            failure = cause
+          }))
+        // From here on it holds locks of the queue, and has nothing to wait for but the commit.
+        if ((running.row.timeout_ms ?? 0) > options.lease) yield* store.boundIdle(options.lease)
+        yield* settle(yield* Effect.catch(complete(value), (message) => Effect.die(new Error(message))))
+        return value
       })
-    ))
-  )
-  // Uninterruptible, because who has been told to stop handles nothing else.
-  const run = Effect.uninterruptibleMask((restore) =>
-    Effect.catchCause(restore(transaction), (cause) => {
-      // A rollback on a connection that is gone hides it, and that the run had been told to stop.
-      if (failure !== undefined) return Effect.failCause(failure)
-      if (stopped) return Effect.interrupt
-      // What fails around the handler is no error of its type. Whether a commit whose answer was lost has taken place, the
-      // lease tells: if it has, the attempt that is now reported as failed is no longer in it, and changes nothing.
-      return Effect.orDie(Effect.failCause(cause))
-    })
-  )
+    )
+    // Uninterruptible, because who has been told to stop handles nothing else.
+    return Effect.uninterruptibleMask((restore) =>
+      Effect.catchCause(restore(transaction), (cause) => {
+        // A rollback on a connection that is gone hides it, and that the run had been told to stop.
+        if (failure !== undefined && !isTold(failure)) return Effect.failCause(failure)
+        if (isTold(failure ?? cause)) return Effect.interrupt
+        // What fails around the handler is no error of its type. Whether a commit whose answer was lost has taken place, the
+        // lease tells: if it has, the attempt that is now reported as failed is no longer in it, and changes nothing.
+        return Effect.orDie(Effect.failCause(cause))
+      })
+    )
+  })
 
   return Effect.flatMap(options.detach(running), (mine) => mine ? run : lost)
 }

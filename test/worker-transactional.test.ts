@@ -137,19 +137,24 @@ describe("a transactional handler", () => {
 
   it.live("has the last word when its session is lost, and cannot be rolled back any more", () =>
     withQueue(Effect.gen(function*() {
-      const ways: Record<number, Effect.Effect<unknown, Refused, Job.Current>> = {
+      const leave = (sql: SqlClient.SqlClient) => sql`select pg_terminate_backend(pg_backend_pid())`
+      const ways: Record<number, Effect.Effect<unknown, Refused, Job.Current | SqlClient.SqlClient>> = {
         1: new Refused({ n: 1 }),
         2: Effect.die(new Error("of its own")),
-        3: Job.discard("not wanted")
+        3: Job.discard("not wanted"),
+        4: Effect.flatMap(
+          SqlClient.SqlClient,
+          (sql) => sql.withTransaction(Effect.andThen(Effect.exit(leave(sql)), Job.discard("not wanted here")))
+        ).pipe(Effect.orDie)
       }
       yield* work(paying((n) =>
         Effect.gen(function*() {
           const sql = yield* SqlClient.SqlClient
-          yield* Effect.exit(sql`select pg_terminate_backend(pg_backend_pid())`)
+          if (n < 4) yield* Effect.exit(leave(sql))
           return yield* ways[n]!
         })
       ))
-      yield* Pay.enqueueAll([{ n: 1 }, { n: 2 }, { n: 3 }])
+      yield* Pay.enqueueAll([{ n: 1 }, { n: 2 }, { n: 3 }, { n: 4 }])
       yield* untilAllEnded()
       yield* assertRows(
         `select (payload ->> 'n')::int as n, status, error ->> 'tag' as tag, split_part(error ->> 'message', E'\n', 1) as message,
@@ -157,7 +162,8 @@ describe("a transactional handler", () => {
         [
           { n: 1, status: "discarded", tag: "Failed", message: "Refused: ", error: "1", reason: null },
           { n: 2, status: "discarded", tag: "Defect", message: "Error: of its own", error: null, reason: null },
-          { n: 3, status: "discarded", tag: null, message: null, error: null, reason: "not wanted" }
+          { n: 3, status: "discarded", tag: null, message: null, error: null, reason: "not wanted" },
+          { n: 4, status: "discarded", tag: null, message: null, error: null, reason: "not wanted here" }
         ]
       )
       yield* paid()
