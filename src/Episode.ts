@@ -1,6 +1,6 @@
 /**
- * What a loop says of its failures: a warning when they begin, and when they have ended; in between nothing. Of failures that
- * come and go it says so every ten seconds.
+ * What a loop says of its failures: a warning when they begin, and when they have ended; in between nothing. When they come and
+ * go all the time it says so every ten seconds.
  *
  * @since 0.1.0
  */
@@ -30,9 +30,10 @@ const shortest = 200
 const longest = 1000
 
 /**
- * How often at most a loop says that failures begin, in milliseconds: on a disk that was full now and then a worker claimed in
- * vain, and not in vain, thirty times a second.
+ * How often a loop says that failures begin: so many times, and again every so many milliseconds. On a disk that was nearly
+ * full a worker claimed in vain, and not in vain, thirty times a second.
  */
+const saidAtOnce = 3
 const saidEvery = 10_000
 
 /**
@@ -40,9 +41,10 @@ const saidEvery = 10_000
  */
 export const make = (what: string): Episode => {
   let failing = false
-  /** Whether those that go on now have been told of, and when some last were. */
+  /** Whether those that go on now have been told of. */
   let said = false
-  let saidAt = -Infinity
+  /** When all that it has told of is forgotten. */
+  let told = -Infinity
   /** How long the next rest is, in milliseconds. */
   let pause = shortest
   const rest = Effect.suspend(() => {
@@ -54,11 +56,11 @@ export const make = (what: string): Episode => {
     Effect.clockWith((clock) => {
       failing = true
       const at = Bounded.monotonic(clock)
-      if (said || at < saidAt + saidEvery) {
+      if (said || told > at + (saidAtOnce - 1) * saidEvery) {
         return Report.debug(`${what} still does not go through`, Outcome.describe(cause))
       }
       said = true
-      saidAt = at
+      told = Math.max(at, told) + saidEvery
       const error = cause.reasons.find(Cause.isFailReason)?.error ?? Cause.squash(cause)
       return Report.warning(`${what} does not go through (${Database.describe(error)})`)
     })
