@@ -20,10 +20,11 @@ const eavesdrop = Effect.gen(function*() {
   // Two that come together are announced apart.
   yield* Note.enqueueAll([{ n: 0 }, { n: 0 }])
   const { processId: notifier } = yield* Queue.take(heard)
+  const alone = Effect.sleep(5)
+  yield* alone
   return Effect.gen(function*() {
     const { payload, processId } = yield* Queue.take(heard)
-    // The next one comes alone.
-    yield* Effect.sleep(5)
+    yield* alone
     return [payload, processId === notifier ? "notify" : "insert"]
   })
 })

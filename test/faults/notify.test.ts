@@ -10,6 +10,7 @@ import { makeProxy } from "../support/proxy.ts"
 import { now, pollingQueueLayer, quantile, running, until } from "../support/queue.ts"
 import { full, limit } from "./form.ts"
 import { queueAt, timed } from "./inside.ts"
+import { theirs } from "./invariants.ts"
 import { scenarios } from "./scenario.ts"
 import { type Stage, Victim } from "./stage.ts"
 
@@ -93,7 +94,7 @@ scenarios("NOTIFY", (scenario) => {
     { short: true },
     (stage) =>
       Effect.gen(function*() {
-        const worker = yield* stage.worker("worker", rarely)
+        yield* stage.worker("worker", rarely)
         const enqueue = Effect.provideContext(
           Count.enqueueAll(Array.from({ length: 20 }, () => ({ n: 0 }))),
           stage.services
@@ -104,7 +105,6 @@ scenarios("NOTIFY", (scenario) => {
           yield* until("it listens", listens)
           yield* enqueue
           yield* stage.untilAllEnded()
-          const said = worker.output().length
           yield* Effect.scoped(Effect.gen(function*() {
             yield* Effect.forkScoped(
               Effect.forever(Effect.flatten(stage.net.cut({ text: "LISTEN", process: "worker", at: "lost" })))
@@ -119,7 +119,12 @@ scenarios("NOTIFY", (scenario) => {
           // The last cut is still there for the next one.
           yield* until(
             "it listens again",
-            Effect.sync(() => worker.output().slice(said).includes("listener's session goes through again")),
+            Effect.map(
+              stage.value(
+                `select count(*)::int from pg_stat_activity where ${theirs} and query ilike 'listen %' and state = 'idle'`
+              ),
+              (n) => n === 1
+            ),
             { every: 2 }
           )
           measured.push(yield* timed(stage.untilAllEnded()))

@@ -248,15 +248,14 @@ scenarios("the server", (scenario) => {
       assert.isTrue(Exit.isFailure(mine))
       yield* stage.untilAllEnded()
       allRun([worker])
-      // The statement after the loss has failed with what its handler can handle.
+      // The statement after the loss has failed with what its handler can handle: the server's last word, or none.
       const attempts = yield* stage.rows<{ tag: string; why: string }>(
         "select tag, error ->> 'why' as why from pgqueue.attempt order by why"
       )
-      assert.deepStrictEqual(attempts.map(({ tag }) => tag), ["Failed", "Failed"])
-      // The server's last word, or none.
-      assert.match(attempts.map(({ why }) => why).join(" "), /^(UnknownError|ConnectionError) it fails at first$/)
+      const whys = attempts.filter(({ tag }) => tag === "Failed").map(({ why }) => why).join(" ")
+      assert.match(whys, /^(UnknownError|ConnectionError) .*it fails at first$/, JSON.stringify(attempts))
       assert.notMatch(worker.output(), /died|defect/i)
-      return { attempts: attempts.map(({ why }) => why).join(", "), ...yield* stage.finish() }
+      return { attempts: whys, ...yield* stage.finish() }
     }))
 
   scenario("D10", "there are no connections left for 20 s", { minutes: 4 }, (stage) =>

@@ -329,7 +329,7 @@ export const makeStage = Effect.fnUntraced(function*(options: StageOptions = {})
     Effect.gen(function*() {
       yield* collect
       const violations: Record<string, ReadonlyArray<object>> = {}
-      for (const [name, query] of invariants({ ...allowed, crashed: allowed.crashed ?? crashes.length > 0 })) {
+      for (const [name, query] of invariants(allowed)) {
         const found = yield* Effect.tapError(rows(query), () => Effect.logError(`cannot be asked: ${name}`))
         if (found.length > 0) violations[name] = found.slice(0, 5)
       }
@@ -440,7 +440,7 @@ export const makeStage = Effect.fnUntraced(function*(options: StageOptions = {})
     during,
     /** Leads everybody to another server that has the same database. */
     lead: (target: string) => Effect.andThen(net.lead(target), direct.lead(target)),
-    /** Says that the server has crashed: what it had not written down is forgotten. */
+    /** Says that the server has crashed: claims of its last moments are forgotten, and their jobs started again. */
     crashed: (what: string) => crashes.push(what),
     goesOn,
     recovered,

@@ -136,7 +136,8 @@ const produce = Effect.fnUntraced(function*(key: string, n: number, options: Act
   const payload = {
     key,
     millis: yield* Random.nextIntBetween(millis[0], millis[1] + 1),
-    fails: n % 10 === 3 ? 1 : 0
+    // Some of each kind.
+    fails: n % 10 === 3 || n % 100 === 1 ? 1 : 0
   }
   const enqueue = (): Effect.Effect<
     Job.Enqueued,
