@@ -81,11 +81,11 @@ const faultless: Record<string, string> = {
     and (select count(*) from evidence.run r where r.job = f.id) <> 1`
 }
 
-/** By the ledger's clock alone. */
+/** By the ledger's clock alone. An attempt of which no end is known has ended before the next one. */
 const unshared: Record<string, string> = {
   "I4 no overlap at all": `select a.job, a.boot, b.boot as other from evidence.run a
     join evidence.run b on b.job = a.job and b.run <> a.run and b.begun_at > a.begun_at
-      and b.begun_at < coalesce(least(a.ended_at, a.stopped_at), 'infinity')`
+      and b.begun_at < coalesce(least(a.ended_at, a.stopped_at), case when b.attempt = a.attempt then timestamptz 'infinity' end)`
 }
 
 const leases: Record<string, string> = {

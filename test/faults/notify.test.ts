@@ -5,6 +5,7 @@ import { Context, Deferred, Effect, Fiber, Layer, Logger, Queue, Random } from "
 import { SqlClient } from "effect/sql"
 import * as Database from "../../src/Database.ts"
 import { Job, type JobQueue, Worker } from "../../src/index.ts"
+import { probeText } from "../../src/Store.ts"
 import { Count, Step } from "../programs/jobs.ts"
 import { makeProxy } from "../support/proxy.ts"
 import { now, pollingQueueLayer, quantile, running, until } from "../support/queue.ts"
@@ -121,7 +122,7 @@ scenarios("NOTIFY", (scenario) => {
             "it listens again",
             Effect.map(
               stage.value(
-                `select count(*)::int from pg_stat_activity where ${theirs} and query ilike 'listen %' and state = 'idle'`
+                `select count(*)::int from pg_stat_activity where ${theirs} and state = 'idle' and (query ilike 'listen %' or query = '${probeText}')`
               ),
               (n) => n === 1
             ),
