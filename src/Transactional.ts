@@ -74,6 +74,7 @@ export const make = (options: {
   const run = Effect.suspend(() => {
     /** How the handler has ended, apart from what fails around it. */
     let failure: Cause.Cause<Current.Unhandled> | undefined
+    let stopped = false
     const transaction = Database.transaction(
       database.app,
       Effect.gen(function*() {
@@ -88,14 +89,18 @@ export const make = (options: {
         if ((running.row.timeout_ms ?? 0) > options.lease) yield* store.boundIdle(options.lease)
         yield* settle(yield* Effect.catch(complete(value), (message) => Effect.die(new Error(message))))
         return value
-      })
+      }).pipe(Effect.onInterrupt(() =>
+        Effect.sync(() => {
+          stopped = true
+        })
+      ))
     )
     // Uninterruptible, because who has been told to stop handles nothing else.
     return Effect.uninterruptibleMask((restore) =>
       Effect.catchCause(restore(transaction), (cause) => {
         // A rollback on a connection that is gone hides it, and that the run had been told to stop.
         if (failure !== undefined && !isTold(failure)) return Effect.failCause(failure)
-        if (isTold(failure ?? cause)) return Effect.interrupt
+        if (stopped || isTold(cause)) return Effect.interrupt
         // What fails around the handler is no error of its type. Whether a commit whose answer was lost has taken place, the
         // lease tells: if it has, the attempt that is now reported as failed is no longer in it, and changes nothing.
         return Effect.orDie(Effect.failCause(cause))
