@@ -56,12 +56,11 @@ const statements = (s: string) => {
 
   // Everybody asks, nobody leads. Skipped when locked; judged again when somebody has just had the turn, with a newer clock
   // than theirs, which is therefore read per row and not once. A turn in the future is one from before the clock went back.
-  // Where this is in a transaction, a process that is frozen before it commits keeps the turn for 2 s.
   const take = `with policy as materialized (
       select coalesce((
         select greatest(10, (value ->> 'interval')::float8) from ${s}.setting
         where name = $1::text and value ->> 'interval' is not null
-      ), $2::float8) as interval_ms, set_config('idle_in_transaction_session_timeout', '2000', true) as frozen
+      ), $2::float8) as interval_ms
     ), taken as (
       update ${s}.task set ran_at = clock_timestamp() where name = any (array(
         select t.name from ${s}.task t

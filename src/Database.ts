@@ -95,9 +95,9 @@ export const make = Effect.fnUntraced(function*(
     // Out of the application's transaction, if the fiber is in one: with a connection of its own.
     const outside = Context.omit(app.transactionService)
     const query: Database["query"] = <A extends object>(text: string, params: ReadonlyArray<unknown>) =>
-      Effect.updateContext(transaction(app, app.unsafe<A>(text, params).unprepared), outside)
+      Effect.updateContext(inItsOwn(app, app.unsafe<A>(text, params).unprepared), outside)
     const oftenInOrder: Database["oftenInOrder"] = (text, params) =>
-      Effect.updateContext(transaction(app, app.unsafe(text, params).valuesUnprepared), outside)
+      Effect.updateContext(inItsOwn(app, app.unsafe(text, params).valuesUnprepared), outside)
     return {
       app,
       own: app,
@@ -135,14 +135,14 @@ export const make = Effect.fnUntraced(function*(
     : Effect.map(withReactivity(PgClient.makeClient(sessions.config)), (session) => {
       const client = session.withoutTransforms()
       return <A extends object>(text: string, params: ReadonlyArray<unknown>) =>
-        transaction(client, client.unsafe<A>(text, params).unprepared)
+        inItsOwn(client, client.unsafe<A>(text, params).unprepared)
     })
 
   if (!pools.keepsSettings) {
     const own = yield* pool(pools.config, maxConnections)
     // Inside a transaction of the pool a statement is a part of that.
     const each = <A>(self: Effect.Effect<A, SqlError>) =>
-      Effect.withFiber<A, SqlError>((fiber) => inTransaction(own, fiber.context) ? self : transaction(own, self))
+      Effect.withFiber<A, SqlError>((fiber) => inTransaction(own, fiber.context) ? self : inItsOwn(own, self))
     const query: Database["query"] = <A extends object>(text: string, params: ReadonlyArray<unknown>) =>
       each(own.unsafe<A>(text, params).unprepared)
     const oftenInOrder: Database["oftenInOrder"] = (text, params) => each(own.unsafe(text, params).valuesUnprepared)
@@ -234,6 +234,25 @@ export const transaction = <A, E, R>(
       Effect.provideService(SqlClient.BeginTransaction, "BEGIN ISOLATION LEVEL READ COMMITTED"),
       typedTransaction
     ))
+
+/** How long what it has locked stays so when a process is frozen before it commits, in milliseconds. */
+export const frozen = 2000
+
+/**
+ * Runs one statement in a transaction of its own, where sessions do not keep what they were opened with. The limit is set
+ * before anything is locked, and not by the statement: what that says of it may not be looked at. A process that froze with
+ * rows locked kept jobs, schedules or the turn of a task from everybody for as long as it was frozen.
+ */
+const inItsOwn = <A>(client: SqlClient.SqlClient, statement: Effect.Effect<A, SqlError>): Effect.Effect<A, SqlError> =>
+  transaction(
+    client,
+    Effect.andThen(
+      client.unsafe("select pg_catalog.set_config('idle_in_transaction_session_timeout', $1::text, true) as bound", [
+        String(frozen)
+      ]).unprepared,
+      statement
+    )
+  )
 
 /**
  * Runs one statement in the application's transaction. Unprepared: its sessions may keep a plan that was made while a

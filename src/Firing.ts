@@ -76,8 +76,6 @@ export const mostWaiting = 10_000
 
 /** How long a statement waits for a transaction that has taken a key or an id of its jobs and not ended, in milliseconds. */
 const patience = 200
-/** How long what it has locked stays so where it is in a transaction, and the process is frozen before it commits, in milliseconds. */
-const frozen = 2000
 
 /** A time as it must still be; also one without end, which somebody may have written by hand. */
 export const unchanged = (column: string) =>
@@ -98,12 +96,7 @@ export const oneText = (s: string): string =>
 const statements = (s: string) => {
   const clock = "clock as materialized (select pg_catalog.clock_timestamp() as now)"
   const impatient = (parameter: string) =>
-    `clock as materialized (select pg_catalog.clock_timestamp() as now, pg_catalog.set_config('lock_timeout', ${parameter}::text, true) as patience,
-      pg_catalog.set_config('idle_in_transaction_session_timeout', '${frozen}', true) as frozen)`
-
-  // Before any row is locked: one that has changed meanwhile stays locked, too, though it is dropped, and then nothing else
-  // reads `clock`. A process that froze there kept a schedule from everybody for as long as it was frozen.
-  const limited = "clock.patience is not null and clock.frozen is not null"
+    `clock as materialized (select pg_catalog.clock_timestamp() as now, pg_catalog.set_config('lock_timeout', ${parameter}::text, true) as patience)`
 
   // The ticks in `wanted` become jobs of the schedules in `mine`. A tick that is there already, or has ended, is none again,
   // and takes no key. The last look into `finished` has a newer snapshot and refuses what the first one could not see yet.
@@ -177,11 +170,9 @@ const statements = (s: string) => {
       select s.*, s.overlap as heeded, i.following, i.passed, ${busy}
       from (select * from unnest($3::text[], $4::text[], $5::text[], $6::text[], $7::text[], $8::text[])
         as i(name, next_at, updated_at, last_job, following, passed) order by name) i
-      cross join clock cross join lateral (
+      cross join lateral (
         select s.* from ${s}.schedule s
-        where ${limited} and s.name = i.name and ${unchanged("s.next_at")} = i.next_at and ${
-    unchanged("s.updated_at")
-  } = i.updated_at
+        where s.name = i.name and ${unchanged("s.next_at")} = i.next_at and ${unchanged("s.updated_at")} = i.updated_at
           and coalesce(s.last_job::text, '') = i.last_job and s.paused_at is null and s.problem is null
         for update skip locked
       ) s
@@ -196,9 +187,9 @@ const statements = (s: string) => {
   // it was.
   const follow = `with ${impatient("$3")}, mine as materialized (
       select s.* from (select * from unnest($1::text[], $2::text[]) as i(name, last_job) order by name) i
-      cross join clock cross join lateral (
+      cross join lateral (
         select s.* from ${s}.schedule s
-        where ${limited} and s.name = i.name and coalesce(s.last_job::text, '') = i.last_job and pg_catalog.cardinality(s.waiting) > 0
+        where s.name = i.name and coalesce(s.last_job::text, '') = i.last_job and pg_catalog.cardinality(s.waiting) > 0
           and s.paused_at is null and s.problem is null
         for update skip locked
       ) s

@@ -107,14 +107,14 @@ const statements = (s: string) => {
 
 /**
  * Runs an effect in a transaction of the queue's own that does not wait for somebody's open one without end: 5 s a lock. Nor
- * does anybody wait for it: a process that is frozen before it commits keeps what it has locked for 2 s.
+ * does anybody wait for it: a process that is frozen before it commits keeps what it has locked no longer than `Database.frozen`.
  */
 export const impatiently = <A>(db: Database.Database, self: Effect.Effect<A, SqlError>): Effect.Effect<A, SqlError> =>
   Database.transaction(
     db.own,
     Effect.andThen(
       db.own.unsafe(
-        "select set_config('lock_timeout', '5000', true), set_config('idle_in_transaction_session_timeout', '2000', true) as bound"
+        `select set_config('lock_timeout', '5000', true), set_config('idle_in_transaction_session_timeout', '${Database.frozen}', true) as bound`
       ),
       self
     )

@@ -178,7 +178,7 @@ export const make = (db: Database.Database, s: string) => {
         statement_timeout: String(options.timeout ?? statementTimeout),
         lock_timeout: "5000",
         // A process that is frozen before it commits must not keep what it has locked from the one that comes next.
-        idle_in_transaction_session_timeout: "2000",
+        idle_in_transaction_session_timeout: String(Database.frozen),
         ...(options.inOrder === true ? inOrder : {})
       }
       const transaction: Effect.Effect<A, E | SqlError> = Effect.updateContext(

@@ -223,29 +223,6 @@ layer(Storage.layer, { excludeTestServices: true })("schedules", (it) => {
     )
   }
 
-  // A row that has changed since it was read stays locked, though nothing comes of it.
-  it.effect(
-    "who is frozen in a transaction keeps what he has locked for 2 s, also when he had nothing to fire",
-    rule(Effect.gen(function*() {
-      const { query, store } = yield* session
-      yield* register({ overlap: "queue" })
-      const stale = yield* due()
-      yield* fire([tick(0)])
-      for (
-        const nothing of [
-          store.schedules.fire([advance(stale, [tick(0)])]),
-          store.schedules.follow([{ name: "s", job: null }])
-        ]
-      ) {
-        yield* query("begin")
-        yield* nothing
-        const [kept] = yield* query("select current_setting('idle_in_transaction_session_timeout') as for_how_long")
-        assert.strictEqual(kept?.["for_how_long"], "2s")
-        yield* query("rollback")
-      }
-    }))
-  )
-
   it.effect(
     "of many at the same time one fires each schedule, and all of them are fired",
     rule(Effect.gen(function*() {

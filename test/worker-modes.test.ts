@@ -1,13 +1,19 @@
 /** Ways to run: until nothing is left, by polling alone, over any client the application may have. */
+import { PgClient } from "@effect/sql-pg"
 import { assert, describe, it } from "@effect/vitest"
-import { Context, Effect, Layer, Schedule, Schema, String } from "effect"
+import { Context, Deferred, Effect, Layer, Redacted, Schedule, Schema, String } from "effect"
 import { SqlClient } from "effect/sql"
 import { Job, JobQueue, Worker } from "../src/index.ts"
+import { TestDatabase } from "./support/database.ts"
 import { Ledger } from "./support/ledger.ts"
+import { makeLink } from "./support/link.ts"
+import { makePooling } from "./support/pooling.ts"
 import {
   allInPlace,
   assertRows,
+  databaseUrl,
   phases,
+  pollingQueueLayer,
   queueLayer,
   rows,
   running,
@@ -18,6 +24,7 @@ import {
   withPolling,
   withQueue
 } from "./support/queue.ts"
+import { statements } from "./support/wire.ts"
 
 class Note extends Job.make("note", { payload: { n: Schema.Number } }) {}
 const NoteHandler = Note.toLayer(() => Effect.flatMap(Ledger, ({ record }) => record("start")))
@@ -185,4 +192,43 @@ describe("a client that cannot LISTEN", () => {
       const counts = yield* Worker.runUntilEmpty({ jobs: [Note] }).pipe(Effect.provide(NoteHandler))
       assert.deepStrictEqual(counts, { completed: 200, failed: 0 })
     })))
+})
+
+describe("a process that is frozen before its claim commits", () => {
+  /** A queue of its own at this address: by polling alone, or by a client behind a pooler. */
+  const ways = {
+    "without a PgClient": (address: string) =>
+      Effect.map(makeLink(address), (link) => {
+        const through = Layer.succeed(TestDatabase, { name: "through the link", url: Redacted.make(link.url) })
+        return { link, layer: Layer.provide(pollingQueueLayer(), through) }
+      }),
+    "behind a pooler": (address: string) =>
+      Effect.gen(function*() {
+        const pooling = yield* makePooling(address, { settings: "refused", listen: "deaf" })
+        const link = yield* makeLink(pooling.url)
+        const PgLive = PgClient.layer({ url: Redacted.make(link.url), applicationName: "pooled", prepare: false })
+        return { link, layer: Layer.fresh(Layer.provide(JobQueue.layer(), PgLive)) }
+      })
+  }
+  for (const [name, way] of Object.entries(ways)) {
+    it.live(`keeps no job of others: ${name}`, () =>
+      withQueue(Effect.gen(function*() {
+        const { layer, link } = yield* way(yield* databaseUrl)
+        yield* running(
+          Worker.layer({ jobs: [Note], name: "frozen", pollInterval: 100, gracePeriod: 100 }).pipe(
+            Layer.provide(NoteHandler),
+            Layer.provide(layer)
+          )
+        )
+        yield* Note.enqueue({ n: 1 })
+        yield* untilAllEnded()
+        const frozen = yield* Deferred.make<void>()
+        link.strike({ text: statements.claim, at: "sent" }, () => Deferred.doneUnsafe(frozen, Effect.void))
+        yield* Note.enqueue({ n: 2 })
+        yield* Deferred.await(frozen)
+        yield* running(Worker.layer({ jobs: [Note], name: "another" }).pipe(Layer.provide(NoteHandler)))
+        yield* untilAllEnded({ within: 10_000 })
+        yield* allInPlace
+      })))
+  }
 })
