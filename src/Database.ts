@@ -237,6 +237,7 @@ export const transaction = <A, E, R>(
 
 /** How long what it has locked stays so when a process is frozen before it commits, in milliseconds. */
 export const frozen = 2000
+const bound = `select pg_catalog.set_config('idle_in_transaction_session_timeout', '${frozen}', true) as bound`
 
 /**
  * Runs one statement in a transaction of its own, where sessions do not keep what they were opened with. The limit is set
@@ -246,12 +247,7 @@ export const frozen = 2000
 const inItsOwn = <A>(client: SqlClient.SqlClient, statement: Effect.Effect<A, SqlError>): Effect.Effect<A, SqlError> =>
   transaction(
     client,
-    Effect.andThen(
-      client.unsafe("select pg_catalog.set_config('idle_in_transaction_session_timeout', $1::text, true) as bound", [
-        String(frozen)
-      ]).unprepared,
-      statement
-    )
+    Effect.andThen(client.unsafe(bound).unprepared, statement)
   )
 
 /**

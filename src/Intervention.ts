@@ -105,6 +105,9 @@ const statements = (s: string) => {
   return { lock, cancel, retry, erase, awaits, progress }
 }
 
+const bound =
+  `select set_config('lock_timeout', '5000', true), set_config('idle_in_transaction_session_timeout', '${Database.frozen}', true) as bound`
+
 /**
  * Runs an effect in a transaction of the queue's own that does not wait for somebody's open one without end: 5 s a lock. Nor
  * does anybody wait for it: a process that is frozen before it commits keeps what it has locked no longer than `Database.frozen`.
@@ -113,9 +116,7 @@ export const impatiently = <A>(db: Database.Database, self: Effect.Effect<A, Sql
   Database.transaction(
     db.own,
     Effect.andThen(
-      db.own.unsafe(
-        `select set_config('lock_timeout', '5000', true), set_config('idle_in_transaction_session_timeout', '${Database.frozen}', true) as bound`
-      ),
+      db.own.unsafe(bound),
       self
     )
   )

@@ -159,7 +159,8 @@ const always: Record<string, string> = {
     group by 1 having count(*) > 1`,
   "I11 hygiene: transactions": `select pid, application_name, state, query from pg_stat_activity
     where datname = current_database() and state like 'idle in transaction%'`,
-  "I11 hygiene: locks": "select pid, objid from pg_locks where locktype = 'advisory'",
+  "I11 hygiene: locks": `select pid, objid from pg_locks
+    where locktype = 'advisory' and database = (select oid from pg_database where datname = current_database())`,
   "I11 hygiene: sessions": `select pid, application_name, state, query from pg_stat_activity
     where ${theirs}`,
   "I11 hygiene: workers": "select id::text, name from pgqueue.worker",

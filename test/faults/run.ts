@@ -90,13 +90,16 @@ const rows = names.map((name) => {
 })
 const day = new Date(Math.max(...files.map((file) => statSync(file).mtimeMs))).toISOString().slice(0, 10)
 // Some may have been repeated more often.
-const least = Math.min(results.length, ...names.map((name) => playedOf(name).length).filter((times) => times > 0))
-const times = least === 1 ? "once" : `${least} times`
+const times = [...new Set(names.map((name) => playedOf(name).length))].filter((times) => times > 0).toSorted((a, b) =>
+  a - b
+)
+const [least, most] = [times[0] ?? 0, times.at(-1) ?? 0]
+const often = most === 1 ? "once" : `${least === most ? "" : `${least} to `}${most} times`
 const minutes = results.map((round) => Math.round(round.reduce((sum, { seconds }) => sum + seconds, 0) / 60))
 const report = [
-  `The last run: ${day}, ${times}, ${Math.max(...minutes)} minutes${
-    least === 1 ? "" : " each"
-  } for all of it, on ${cpus().length} cores. What is a time is in milliseconds, and the largest of all runs, as other numbers are; what has a unit is that of the last one.`,
+  `The last run: ${day}, ${often}, ${
+    Math.max(...minutes)
+  } minutes for all of it, on ${cpus().length} cores. What is a time is in milliseconds, and the largest of all runs, as other numbers are; what has a unit is that of the last one.`,
   "",
   "| | what happens | passed | measured |",
   "| - | - | - | - |",
