@@ -72,26 +72,23 @@ export const make = (options: {
     })
 
   const run = Effect.suspend(() => {
-    /** How the handler has ended, apart from what fails around it. */
+    /** Why nothing is to be committed: the handler's own failure, as it is, or a defect of what is around it. */
     let failure: Cause.Cause<Current.Unhandled> | undefined
-    let stopped = false
     const transaction = Database.transaction(
       database.app,
       Effect.gen(function*() {
         // A process that freezes must not keep its locks: after the lease others run the job, and would wait for them.
-        yield* store.boundIdle(Math.max(options.lease, running.row.timeout_ms ?? 0))
+        yield* Effect.orDie(store.boundIdle(Math.max(options.lease, running.row.timeout_ms ?? 0)))
         // Its scope closes inside: finalizers may use the transaction.
-        const value = yield* Effect.onError(Effect.scoped(handler), (cause) =>
-          Effect.sync(() => {
-            failure = cause
-          }))
+        const value = yield* Effect.scoped(handler)
         // From here on it holds locks of the queue, and has nothing to wait for but the commit.
-        if ((running.row.timeout_ms ?? 0) > options.lease) yield* store.boundIdle(options.lease)
-        yield* settle(yield* Effect.catch(complete(value), (message) => Effect.die(new Error(message))))
+        if ((running.row.timeout_ms ?? 0) > options.lease) yield* Effect.orDie(store.boundIdle(options.lease))
+        const entry = yield* Effect.catch(complete(value), (message) => Effect.die(new Error(message)))
+        yield* Effect.orDie(settle(entry))
         return value
-      }).pipe(Effect.onInterrupt(() =>
+      }).pipe(Effect.onError((cause) =>
         Effect.sync(() => {
-          stopped = true
+          failure = cause
         })
       ))
     )
@@ -99,11 +96,10 @@ export const make = (options: {
     return Effect.uninterruptibleMask((restore) =>
       Effect.catchCause(restore(transaction), (cause) => {
         // A rollback on a connection that is gone hides it, and that the run had been told to stop.
-        if (failure !== undefined && !isTold(failure)) return Effect.failCause(failure)
-        if (stopped || isTold(cause)) return Effect.interrupt
+        if (isTold(failure ?? cause)) return Effect.interrupt
         // What fails around the handler is no error of its type. Whether a commit whose answer was lost has taken place, the
         // lease tells: if it has, the attempt that is now reported as failed is no longer in it, and changes nothing.
-        return Effect.orDie(Effect.failCause(cause))
+        return failure === undefined ? Effect.orDie(Effect.failCause(cause)) : Effect.failCause(failure)
       })
     )
   })
