@@ -5,9 +5,10 @@ import { Effect, Layer, Redacted } from "effect"
 import { readFileSync } from "node:fs"
 import { JobQueue } from "../../src/index.ts"
 import type * as Queue from "../../src/JobQueue.ts"
+import { probeText } from "../../src/Store.ts"
 import type { EmbeddedPostgres } from "../support/embedded.ts"
 import { serverProcesses } from "../support/processes.ts"
-import { now } from "../support/queue.ts"
+import { now, until } from "../support/queue.ts"
 import { theirs } from "./invariants.ts"
 import type { Actor, Stage } from "./stage.ts"
 
@@ -29,6 +30,20 @@ export const terminating = (stage: Stage, rounds = 1) =>
         assert.isAtLeast(ended, 1)
       }
     })
+  )
+
+/** Their sessions that listen, by what these last sent: LISTEN, or the look whether their link is still there. */
+export const listening = `${theirs} and (query ilike 'listen %' or query = '${probeText}')`
+
+/** Waits until no job of this kind is left, while those of others come and go. */
+export const untilNoneLeft = (stage: Stage, kind: string) =>
+  until(
+    `no job "${kind}" is left`,
+    Effect.map(
+      stage.value("select count(*)::int from pgqueue.job where kind = $1", [kind]),
+      (left) => left === 0
+    ),
+    { within: 60_000, every: 100 }
   )
 
 /** A queue at a URL with a client of its own, in the current scope: a process, so to speak. */

@@ -5,13 +5,11 @@ import { Context, Deferred, Effect, Fiber, Layer, Logger, Queue, Random } from "
 import { SqlClient } from "effect/sql"
 import * as Database from "../../src/Database.ts"
 import { Job, type JobQueue, Worker } from "../../src/index.ts"
-import { probeText } from "../../src/Store.ts"
 import { Count, Step } from "../programs/jobs.ts"
 import { makeProxy } from "../support/proxy.ts"
 import { now, pollingQueueLayer, quantile, running, until } from "../support/queue.ts"
 import { full, limit } from "./form.ts"
-import { queueAt, timed } from "./inside.ts"
-import { theirs } from "./invariants.ts"
+import { listening, queueAt, timed } from "./inside.ts"
 import { scenarios } from "./scenario.ts"
 import { type Stage, Victim } from "./stage.ts"
 
@@ -122,7 +120,7 @@ scenarios("NOTIFY", (scenario) => {
             "it listens again",
             Effect.map(
               stage.value(
-                `select count(*)::int from pg_stat_activity where ${theirs} and state = 'idle' and (query ilike 'listen %' or query = '${probeText}')`
+                `select count(*)::int from pg_stat_activity where ${listening} and state = 'idle'`
               ),
               (n) => n === 1
             ),

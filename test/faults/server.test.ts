@@ -16,7 +16,6 @@ import {
 } from "node:fs"
 import { tmpdir } from "node:os"
 import { dirname, join } from "node:path"
-import { probeText } from "../../src/Store.ts"
 import { Pay, Work } from "../programs/actor.ts"
 import { Count, Step } from "../programs/jobs.ts"
 import { ownServer } from "../support/database.ts"
@@ -25,7 +24,7 @@ import { serverProcesses } from "../support/processes.ts"
 import { now, until } from "../support/queue.ts"
 import { statements } from "../support/wire.ts"
 import { full } from "./form.ts"
-import { allRun, frozen, terminating } from "./inside.ts"
+import { allRun, frozen, listening, terminating, untilNoneLeft } from "./inside.ts"
 import { theirs } from "./invariants.ts"
 import type { Cut } from "./net.ts"
 import { scenarios } from "./scenario.ts"
@@ -66,8 +65,6 @@ scenarios("the server", (scenario) => {
   scenario("D2", "only sessions that listen are terminated", {}, (stage) =>
     Effect.gen(function*() {
       const worker = yield* stage.worker("worker")
-      // What it last sent: LISTEN, or the look whether its link is still there.
-      const listening = `${theirs} and (query ilike 'listen %' or query = '${probeText}')`
       const listens = Effect.map(stage.value(`select count(*)::int from pg_stat_activity where ${listening}`), (n) =>
         n > 0)
       const [back, late]: [Array<number>, Array<number>] = [[], []]
@@ -347,7 +344,6 @@ scenarios("the server, of many kinds", (scenario) => {
       const late = `select count(*)::int from ledger where phase = 'start'
         and at > (select max(begun_at) from fault) + interval '${timing.lease - timing.heartbeat + 250} milliseconds'`
       yield* stage.here(Step.enqueueAll(Array.from({ length: 170 }, () => ({ millis: 900 }))))
-      const all = [...producers, ...schedulers, ...workers]
       let silent: ReadonlyArray<string> = []
       yield* stage.during(
         "frozen",
@@ -365,7 +361,7 @@ scenarios("the server, of many kinds", (scenario) => {
       const between = yield* stage.recorded(`${late} and at < (select max(cleared_at) from fault)`)
       assert.strictEqual(between, 0, "runs begun without a lease")
       const figures = yield* stage.recovered(5000)
-      allRun(all)
+      allRun([...producers, ...schedulers, ...workers])
       return { ...figures, ...yield* stage.finish() }
     }))
 
@@ -469,11 +465,7 @@ scenarios("the server, of many kinds", (scenario) => {
       assert.isBelow(most, 2 * fullBuffer + 1000)
       assert.isAbove(waiting, 1000)
       allRun([...producers, ...schedulers, ...workers])
-      yield* until(
-        "all have run",
-        Effect.map(stage.value("select count(*)::int from pgqueue.job where kind = 'count'"), (left) => left === 0),
-        { within: 60_000 }
-      )
+      yield* untilNoneLeft(stage, "count")
       const figures = yield* stage.recovered(5000)
       const counts = yield* stage.finish({ within: 120_000 })
       assert.strictEqual(counts.again, 0)
