@@ -27,10 +27,11 @@ const pooled = Effect.fnUntraced(function*(stage: Stage, settings: PgBouncerSett
   return pooler
 })
 
-/** Each has said once that it cannot hear, or, because it can, nothing. */
+/** Each has said once that it cannot hear, or, because it can, never. */
 const assertModes = (actors: ReadonlyArray<Actor>, mode: "polls" | "listens") => {
   for (const { name, output } of actors) {
-    const warnings = output().split("\n").filter((line) => line.includes("WARN"))
+    // A beat that waits for more than half a second is a warning too, but of the machine.
+    const warnings = output().split("\n").filter((line) => /WARN.*(pooler|polling|listen)/i.test(line))
     if (mode === "listens") assert.deepStrictEqual(warnings, [], name)
     else {
       assert.lengthOf(warnings, 1, `${name}: ${warnings.join("\n")}`)
