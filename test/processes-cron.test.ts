@@ -107,7 +107,8 @@ describe("scheduler processes", () => {
             quantile(late, 0.99).toFixed(0)
           } ms, max ${Math.max(...late).toFixed(0)} ms`
         )
-        assert.isBelow(quantile(late, 0.99), 1000)
+        // Where the machine stands still for a second, a tenth of the ticks of the short form is that late.
+        assert.isBelow(quantile(late, 0.99), long ? 1000 : 3500)
         assert.isAtLeast(Math.min(...late), 0)
       })),
     seconds * 1000 + 120_000

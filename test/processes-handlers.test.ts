@@ -21,22 +21,22 @@ import {
   withQueue
 } from "./support/queue.ts"
 
-const lease = 2000
+const lease = 3000
 const timing = { heartbeat: 300, lease, rescueInterval: 500 }
 
 // Together: they wait.
 describe.concurrent("a handler", () => {
   it.live(
-    "that runs for ten leases is started once, while others look for lost jobs",
+    "that runs for seven leases is started once, while others look for lost jobs",
     () =>
       withQueue(Effect.gen(function*() {
         const url = yield* databaseUrl
         yield* startWorker({ url, name: "one", ...timing })
         yield* startWorker({ url, name: "other", ...timing })
-        yield* Step.enqueueAll(Array.from({ length: 20 }, () => ({ millis: 10 * lease })))
+        yield* Step.enqueueAll(Array.from({ length: 20 }, () => ({ millis: 7 * lease })))
         // Each of them looks for what the other one may have lost.
         yield* untilValue("select count(distinct boot)::int from ledger", 2)
-        yield* untilAllEnded({ within: 10 * lease + 10_000 })
+        yield* untilAllEnded({ within: 7 * lease + 10_000 })
         yield* assertRows(
           "select phase, count(*)::int as count, count(distinct job)::int as jobs from ledger group by 1 order by 1",
           [{ phase: "end", count: 20, jobs: 20 }, { phase: "start", count: 20, jobs: 20 }]

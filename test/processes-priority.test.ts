@@ -34,7 +34,7 @@ describe("a job of high priority that is committed late", () => {
 
         yield* Deferred.succeed(gate, undefined)
         yield* Fiber.join(late)
-        yield* untilValue("select count(*)::int from ledger where job = $1::uuid", 1, { params: [id], within: 2000 })
+        yield* untilValue("select count(*)::int from ledger where job = $1::uuid", 1, { params: [id], within: 10_000 })
         assert.isAbove(yield* value("select count(*)::int from pgqueue.ready"), 0.9 * waiting)
       })),
     90_000

@@ -23,7 +23,7 @@ import {
 } from "./support/queue.ts"
 import { statements } from "./support/wire.ts"
 
-const lease = 2000
+const lease = 3000
 const sweep = 500
 const timing = { heartbeat: 300, lease, rescueInterval: sweep }
 const forever = 3_600_000
@@ -93,7 +93,7 @@ describe("settlements that wait in a process that is killed", () => {
       const url = yield* databaseUrl
       yield* watchEnds
       const sql = yield* SqlClient.SqlClient
-      const { victim } = yield* startVictim(url, 20, () => 500)
+      const { victim } = yield* startVictim(url, 20, () => 2500)
       const locked = yield* Deferred.make<void>()
       const gate = yield* Deferred.make<void>()
       const stranger = yield* Effect.forkChild(sql.withTransaction(Effect.gen(function*() {

@@ -147,7 +147,7 @@ describe("a connection to another host without verified TLS", () => {
     Effect.gen(function*() {
       const server = yield* pretend({ tls: "N", asks: "cleartext" })
       const client = { url: urlOf(elsewhere, server.port, "?sslmode=prefer") }
-      yield* Effect.timeoutOption(Effect.exit(start(client, { allowInsecure: true })), "1 second")
+      yield* Effect.timeoutOption(Effect.exit(start(client, { allowInsecure: true })), "3 seconds")
       assert.include(server.received(), password)
     }))
 
@@ -175,7 +175,7 @@ describe("a connection to another host without verified TLS", () => {
       const error = yield* Effect.flip(Effect.scoped(Layer.build(layer("false"))))
       assert.propertyVal(error, "reason", "InsecureConnection")
       assert.strictEqual(server.connections(), 0)
-      yield* Effect.timeoutOption(Effect.exit(Effect.scoped(Layer.build(layer("true")))), "1 second")
+      yield* Effect.timeoutOption(Effect.exit(Effect.scoped(Layer.build(layer("true")))), "3 seconds")
       assert.isAbove(server.connections(), 0)
     }))
 })
@@ -213,7 +213,7 @@ describe("a connection that has to be encrypted", () => {
     Effect.gen(function*() {
       const server = yield* pretend({ tls: { cert: certificates.good }, asks: "cleartext" })
       const client = { url: urlOf("localhost", server.port), ssl: { ca: certificates.authority } }
-      yield* Effect.timeoutOption(Effect.exit(start(client)), "1 second")
+      yield* Effect.timeoutOption(Effect.exit(start(client)), "3 seconds")
       assert.include(server.received(), password)
     }))
 })

@@ -1,7 +1,20 @@
 /** When a worker may start jobs, what it hears of, and what becomes of the jobs of one that is not heard of. */
 import { PgClient } from "@effect/sql-pg"
 import { assert, describe, it } from "@effect/vitest"
-import { Clock, Context, DateTime, Effect, Exit, Layer, Logger, Redacted, Schedule, Schema, Scope } from "effect"
+import {
+  Clock,
+  Context,
+  DateTime,
+  Deferred,
+  Effect,
+  Exit,
+  Layer,
+  Logger,
+  Redacted,
+  Schedule,
+  Schema,
+  Scope
+} from "effect"
 import { SqlClient } from "effect/sql"
 import { Job, JobQueue, Worker } from "../src/index.ts"
 import { Ledger } from "./support/ledger.ts"
@@ -228,7 +241,7 @@ describe("a beat that the database refuses", () => {
   const SleeperHandler = Sleeper.toLayer(() =>
     Effect.flatMap(Ledger, ({ record }) => Effect.andThen(record("start"), Effect.sleep("3 seconds")))
   )
-  const timing = { lease: "1 second", heartbeat: "200 millis", rescueInterval: "200 millis" } as const
+  const timing = { lease: "2 seconds", heartbeat: "200 millis", rescueInterval: "200 millis" } as const
   const onBeat = (body: string) =>
     rows(`create function public.refuse() returns trigger language plpgsql as $$ begin ${body} end $$`).pipe(
       Effect.andThen(
@@ -238,7 +251,11 @@ describe("a beat that the database refuses", () => {
 
   it.live("costs its jobs nothing, however often", () =>
     withQueue(Effect.gen(function*() {
-      yield* running(Worker.layer({ jobs: [Sleeper], ...timing }).pipe(Layer.provide(SleeperHandler)))
+      const gate = yield* Deferred.make<void>()
+      const handler = Sleeper.toLayer(() =>
+        Effect.flatMap(Ledger, ({ record }) => Effect.andThen(record("start"), Deferred.await(gate)))
+      )
+      yield* running(Worker.layer({ jobs: [Sleeper], ...timing }).pipe(Layer.provide(handler)))
       yield* Sleeper.enqueue()
       for (const starts of [1, 2, 3]) {
         yield* started(starts, 10_000)
@@ -246,6 +263,8 @@ describe("a beat that the database refuses", () => {
         yield* untilValue("select count(*)::int from pgqueue.ready", 1)
         yield* rows("drop function public.refuse() cascade")
       }
+      yield* started(4, 10_000)
+      yield* Deferred.succeed(gate, undefined)
       yield* untilAllEnded()
       yield* assertRows("select status, attempt::int, rescued::int from pgqueue.finished", [
         { status: "completed", attempt: 1, rescued: 0 }

@@ -19,9 +19,10 @@ describe("Job.progress", () => {
   const readable = (transactional: boolean) =>
     Effect.gen(function*() {
       const said = yield* Deferred.make<void>()
-      const go = yield* Deferred.make<void>()
+      const [say, go] = [yield* Deferred.make<void>(), yield* Deferred.make<void>()]
       yield* working(
         Effect.gen(function*() {
+          yield* Deferred.await(say)
           yield* Job.progress(1)
           yield* Job.progress({ page: 2, of: [3, null] })
           yield* Deferred.succeed(said, undefined)
@@ -31,6 +32,7 @@ describe("Job.progress", () => {
       )
       const { id } = yield* Import.enqueue()
       assert.isUndefined(yield* progressOf(id))
+      yield* Deferred.succeed(say, undefined)
       yield* Deferred.await(said)
       assert.deepStrictEqual(yield* progressOf(id), { page: 2, of: [3, null] })
       yield* Deferred.succeed(go, undefined)

@@ -238,7 +238,7 @@ describe("a job that fails", () => {
       )
       yield* Often.enqueueAll(Array.from({ length: 50 }, (_, n) => ({ n })))
       const took = yield* untilAllEnded()
-      assert.isBelow(took, 3000, "and not much later either")
+      assert.isBelow(took, 4500, "and not much later either")
       yield* assertRows(
         `select job::text from (
            select job, ended_at - lag(ended_at) over (partition by job order by n) as gap from pgqueue.attempt) a

@@ -50,7 +50,8 @@ describe("jobs of a kind that no worker handles", () => {
       yield* allInPlace
 
       yield* running(
-        Worker.layer({ ...timing, jobs: [Strange, Family], concurrency: 50 }).pipe(
+        // Its jobs are not to be lost when a beat takes 50 ms.
+        Worker.layer({ ...timing, lease: 3000, jobs: [Strange, Family], concurrency: 50 }).pipe(
           Layer.provide([Strange.toLayer(() => Effect.void), Family.toLayer(() => Effect.void)])
         )
       )

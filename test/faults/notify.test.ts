@@ -75,9 +75,9 @@ scenarios("NOTIFY", (scenario) => {
           }
         }))
         yield* stage.finish()
-        // It must not be the poll.
+        // It must not be the poll, which is a minute, nor a beat, which is 20 s.
         const longest = measured.reduce((a, b) => Math.max(a, b))
-        assert.isBelow(longest, limit(250))
+        assert.isBelow(longest, full ? 250 : 5000)
         return {
           rounds: `${rounds}`,
           p50: quantile(measured, 0.5),
@@ -277,7 +277,11 @@ scenarios("NOTIFY", (scenario) => {
       })).pipe(Effect.provide(Logger.layer([logger])))
       yield* stage.finish()
       assert.strictEqual(said.filter((line) => line.includes("polling only")).length, 1, said.join("\n"))
-      assert.deepStrictEqual(said.filter((line) => /^(Warn|Error|Fatal)/i.test(line)), [])
+      // A machine that stands still for a quarter of a second is warned of, too.
+      assert.deepStrictEqual(
+        said.filter((line) => /^(Warn|Error|Fatal)/i.test(line) && !line.includes("event loop stood still")),
+        []
+      )
       const figure = (name: string) => Number(said.find((line) => line.startsWith(name))!.split(" ")[1])
       return { poll: interval, p50: figure("p50"), p99: figure("p99") }
     }))

@@ -215,9 +215,9 @@ scenarios("the server", (scenario) => {
         "do $$ begin execute format('alter database %I set idle_in_transaction_session_timeout = ''100ms''', current_database()); end $$"
       )
       const worker = yield* stage.worker("worker")
-      const enqueue = (fails: number) => Pay.enqueue({ key: crypto.randomUUID(), millis: 1200, fails })
+      const enqueue = (fails: number, millis = 1200) => Pay.enqueue({ key: crypto.randomUUID(), millis, fails })
       // A session that ends in the middle of a handler's transaction is a failed attempt.
-      yield* Effect.provideContext(enqueue(0), stage.services)
+      yield* Effect.provideContext(enqueue(0, 5000), stage.services)
       yield* until(
         "its session is lost",
         Effect.map(

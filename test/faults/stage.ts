@@ -17,7 +17,7 @@ import type { EmbeddedPostgres, StartOptions } from "../support/embedded.ts"
 import { createLedger, Ledger } from "../support/ledger.ts"
 import { type Ended, keepProgram, type Program, startProgram } from "../support/processes.ts"
 import { allInPlace, now, until } from "../support/queue.ts"
-import { limit } from "./form.ts"
+import { full } from "./form.ts"
 import { type Allowed, evidence, invariants, ledgerTables, runs, theirs, watch } from "./invariants.ts"
 import { makeNet } from "./net.ts"
 
@@ -281,12 +281,15 @@ export const makeStage = Effect.fnUntraced(function*(options: StageOptions = {})
     every: 500
   })
 
-  /** Waits for that, and fails unless it took less than so many milliseconds after each fault. */
+  /**
+   * Waits for that, and fails unless it took less than so many milliseconds after each fault; 20 s in the short form, whose
+   * machine may just be slower than it was before the fault.
+   */
   const recovered = (within: number) =>
     Effect.gen(function*() {
       yield* goesOn
       const all = yield* recoveries()
-      assert.isBelow(Math.max(...all), limit(within), all.map(Math.round).join(" "))
+      assert.isBelow(Math.max(...all), full ? within : 20_000, all.map(Math.round).join(" "))
       return { recovered: Math.max(...all) }
     })
 
