@@ -4,6 +4,7 @@
  * @since 0.1.0
  */
 import type * as Cause from "effect/Cause"
+import * as Clock from "effect/Clock"
 import * as Context from "effect/Context"
 import * as Effect from "effect/Effect"
 import * as Exit from "effect/Exit"
@@ -22,6 +23,12 @@ import type * as Wakeup from "./Wakeup.ts"
 
 /** The most rows of one insert: beyond it nothing is gained, and one statement must not hold its locks for long. */
 export const maxRows = 1000
+
+/** How much text a job has of its own, in characters. */
+export const textOf = ({ metadata, payload }: Store.NewJob): number => metadata.length + payload.length
+
+/** Returns how many of the first of these go into one insert. */
+export const fitting = (jobs: ReadonlyArray<Store.NewJob>): number => Database.fitting(jobs, maxRows, textOf)
 
 /** How long an enqueue waits out an outage before it fails, in milliseconds. */
 const outage = 10_000
@@ -42,6 +49,8 @@ const lonePatience = 100
 interface Waiting {
   readonly job: Store.NewJob
   readonly resume: (result: Exit.Exit<Enqueued, SqlError>) => void
+  /** Until when it waits out an outage, by the monotonic clock. */
+  readonly until: number
   /** It was answered, or its caller has gone. */
   over: boolean
 }
@@ -67,6 +76,8 @@ export const make = Effect.fnUntraced(function*(options: {
 }) {
   const scope = yield* Bounded.open(Effect.scope)
   const context = yield* Effect.context<never>()
+  const clock = yield* Clock.Clock
+  const now = () => Bounded.monotonic(clock)
   /** Everybody who waits, by sort. */
   const sorts: Array<() => ReadonlyArray<Waiting>> = []
   let closed = false
@@ -124,12 +135,13 @@ export const make = Effect.fnUntraced(function*(options: {
      */
     const sendGroup = (group: ReadonlyArray<Waiting>): Effect.Effect<void> => {
       const jobs = group.map(({ job }) => job)
-      return persistently(send(jobs, patience)).pipe(
+      return persistently(send(jobs, patience), group[0]!.until).pipe(
         Effect.matchEffect({
           onSuccess: (sent) => succeed(group, jobs, sent),
           onFailure: (error) => {
             const locked = patience !== undefined && Database.isLockTimeout(error)
-            if (!locked && !Database.isDataFault(error)) return fail(group, error)
+            if (!locked && isPassing(error)) return giveUp(group, error)
+            if (!locked && !Database.isRefusal(error)) return fail(group, error)
             if (group.length === 1) return locked ? waitApart(group[0]!) : fail(group, error)
             const middle = group.length >> 1
             return Effect.andThen(
@@ -140,6 +152,18 @@ export const make = Effect.fnUntraced(function*(options: {
         })
       )
     }
+
+    /**
+     * Ends the wait of all whose time is over, also of those who have not been sent: in an outage more of them come than are
+     * given up a group at a time (at 250 a second the last one had waited for 20 minutes after 15). The others are sent again.
+     */
+    const giveUp = (group: ReadonlyArray<Waiting>, error: SqlError): Effect.Effect<void> =>
+      Effect.suspend(() => {
+        const at = now()
+        const all = [...group, ...pending]
+        pending = all.filter((one) => one.until > at)
+        return fail(all.filter((one) => one.until <= at), error)
+      })
 
     /** Waits for a stranger's transaction, apart from the others; who wants the same id or key waits for the outcome. */
     const waitApart = (one: Waiting): Effect.Effect<void> =>
@@ -161,7 +185,7 @@ export const make = Effect.fnUntraced(function*(options: {
       })
 
     const probe = (one: Waiting): Effect.Effect<void> =>
-      persistently(Semaphore.withPermit(probes, send([one.job], lonePatience))).pipe(
+      persistently(Semaphore.withPermit(probes, send([one.job], lonePatience)), now() + outage).pipe(
         Effect.retry({
           while: (error) => Database.isLockTimeout(error) && !one.over,
           schedule: Schedule.jittered(Schedule.spaced("20 millis"))
@@ -177,7 +201,7 @@ export const make = Effect.fnUntraced(function*(options: {
       // Whoever was woken together goes together, and one who is alone at once.
       yield* Turn.end
       while (pending.length > 0) {
-        const count = Database.fitting(pending, maxRows, ({ job }) => job.payload.length + job.metadata.length)
+        const count = Database.fitting(pending, maxRows, ({ job }) => textOf(job))
         const group = pending.slice(0, count).filter((one) => !one.over)
         pending = pending.slice(count)
         if (group.length === 0) continue
@@ -199,7 +223,7 @@ export const make = Effect.fnUntraced(function*(options: {
     return (job: Store.NewJob): Effect.Effect<Enqueued, SqlError> =>
       Effect.callback((resume) => {
         if (closed) return resume(Effect.die(new Error("the layer of this JobQueue has been closed")))
-        const one: Waiting = { job, resume, over: false }
+        const one: Waiting = { job, resume, until: now() + outage, over: false }
         submit([one])
         // Not sent yet: then it never is. Sent: the caller does not learn what became of it.
         return Effect.sync(() => {
@@ -237,16 +261,22 @@ export const make = Effect.fnUntraced(function*(options: {
     job.unique !== undefined ? unique(job) : job.idGiven === true ? given(job) : own(job)
 })
 
+/** What an enqueue waits out. A lock timeout is for the caller to deal with. */
+const isPassing = (error: SqlError): boolean => Database.isTransient(error) && !Database.isLockTimeout(error)
+
 /**
- * Tries again through an outage, for a while. The ids are the same each time, so nothing is inserted twice.
+ * Tries again through an outage, for a while: until a moment of the monotonic clock, if one is given. The ids are the same
+ * each time, so nothing is inserted twice.
  */
-export const persistently = <A, R>(self: Effect.Effect<A, SqlError, R>): Effect.Effect<A, SqlError, R> =>
+export const persistently = <A, R>(
+  self: Effect.Effect<A, SqlError, R>,
+  until?: number
+): Effect.Effect<A, SqlError, R> =>
   Effect.clockWith((clock) => {
     // Not by the time of day, which may be set.
-    const end = Bounded.monotonic(clock) + outage
+    const end = until ?? Bounded.monotonic(clock) + outage
     return Effect.retry(self, {
-      // A lock timeout is for the caller to deal with.
-      while: (error) => Database.isTransient(error) && !Database.isLockTimeout(error) && Bounded.monotonic(clock) < end,
+      while: (error) => isPassing(error) && Bounded.monotonic(clock) < end,
       schedule: Database.backoff
     })
   })

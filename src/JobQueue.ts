@@ -164,9 +164,12 @@ export const here = Effect.flatMap(
 export const announce = (announcement: () => void): Effect.Effect<void, never, JobQueue> =>
   Effect.flatMap(here, ({ database }) => database.app.afterCommit(Effect.sync(announcement)))
 
-/** How long a bulk may take, in milliseconds, and each job of it more: 100 000 take 3 to 13 s. */
-const bulkBound = 15_000
-const bulkBoundPerJob = 1
+/** How long a bulk may take, in milliseconds: 100 000 jobs take 3 to 13 s. Each job adds to it, and its text. */
+const bulkBound = (jobs: ReadonlyArray<Store.NewJob>): number =>
+  jobs.reduce((sum, job) => sum + 1 + Grouping.textOf(job) / 20_000, 15_000)
+
+/** How long the storage may take to be made or changed, in milliseconds: it waits for locks for up to a minute. */
+const migrationBound = 300_000
 
 /** How long, in milliseconds, to wait for the mark on a job whose end is to be told: on a dead link it never comes. */
 const askBound = 5000
@@ -208,9 +211,12 @@ const make = Effect.fnUntraced(function*(options: Options) {
   const store = Store.make(database, schema)
 
   yield* patiently(Effect.gen(function*() {
-    yield* Migrations.verifyServer(database.own)
-    if (options.migrate ?? true) yield* Migrations.run(database.own, schema)
-    yield* Migrations.verify(database.own, schema)
+    const answered = Database.answeredWithin(Database.answerBound)
+    yield* answered(Migrations.verifyServer(database.own))
+    if (options.migrate ?? true) {
+      yield* Database.answeredWithin(migrationBound)(Migrations.run(database.own, schema))
+    }
+    yield* answered(Migrations.verify(database.own, schema))
   }))
   const wakeup = yield* Bounded.open(Wakeup.make(database, schema))
   const mode = database.listens ? "listen" : "poll"
@@ -286,13 +292,13 @@ const make = Effect.fnUntraced(function*(options: Options) {
   const insertApart = (jobs: ReadonlyArray<Store.NewJob>): Effect.Effect<ReadonlyArray<Enqueued>, SqlError> => {
     // A stranger's transaction may have taken a key or a chosen id: who waits for it is not to keep a session from the claims.
     const mayWait = jobs.some((job) => job.unique !== undefined || job.idGiven === true)
-    const isOneStatement = jobs.length <= Grouping.maxRows && !mayWait
+    const isOneStatement = !mayWait && Grouping.fitting(jobs) === jobs.length
     const insert = UniqueKeys.freshFirst((fresh) => {
       if (isOneStatement) return insertMany(jobs, false, fresh)
       return database.connect === undefined
         ? Database.transaction(database.app, insertMany(jobs, true))
         : Database.transaction(mayWait ? database.own : database.hot, insertMany(jobs, false, fresh && !mayWait))
-    }).pipe(Database.answeredWithin(bulkBound + jobs.length * bulkBoundPerJob))
+    }).pipe(Database.answeredWithin(bulkBound(jobs)))
     return (isOneStatement ? insert : Semaphore.withPermit(mayWait ? waitingBulks : bulks, insert)).pipe(
       Grouping.persistently,
       Effect.tap((enqueued) => Effect.sync(() => announce(jobs, enqueued)))
@@ -331,7 +337,7 @@ const make = Effect.fnUntraced(function*(options: Options) {
         Effect.flatMap(inTransaction(() => jobs[0]?.kind ?? ""), (here) => {
           if (jobs.length === 0) return Effect.succeed([])
           // In the caller's transaction a savepoint makes it all or none.
-          return here ? client.withTransaction(insertHere(jobs)) : insertApart(jobs)
+          return here ? Database.typedTransaction(client.withTransaction(insertHere(jobs))) : insertApart(jobs)
         })),
     execute: (resolve, wait) =>
       Effect.flatMap(resolve, (job) =>
@@ -345,8 +351,12 @@ const make = Effect.fnUntraced(function*(options: Options) {
   })
 })
 
-function* parts<A>(all: ReadonlyArray<A>) {
-  for (let start = 0; start < all.length; start += Grouping.maxRows) yield all.slice(start, start + Grouping.maxRows)
+function* parts(all: ReadonlyArray<Store.NewJob>) {
+  for (let rest = all; rest.length > 0;) {
+    const count = Grouping.fitting(rest)
+    yield rest.slice(0, count)
+    rest = rest.slice(count)
+  }
 }
 
 /** How far away a job is; an instant is compared with nothing here, the worker looks at the database's clock. */

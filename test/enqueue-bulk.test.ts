@@ -1,7 +1,7 @@
 /** A bulk of several statements is in altogether or not at all, whatever the client, and sent again it is in once. */
 import { PgClient } from "@effect/sql-pg"
 import { assert, describe, it } from "@effect/vitest"
-import { Deferred, Effect, Exit, Fiber, Layer, Redacted, Schema } from "effect"
+import { Cause, Deferred, Effect, Exit, Fiber, Layer, Redacted, Schema } from "effect"
 import { SqlClient } from "effect/sql"
 import { Job, JobQueue } from "../src/index.ts"
 import { makeLink } from "./support/link.ts"
@@ -43,6 +43,51 @@ for (const job of [Note, Keyed]) {
   })
 }
 
+describe("a bulk of large jobs", () => {
+  it.live("is sent in several statements", () =>
+    withQueue(Effect.gen(function*() {
+      class Large extends Job.make("large", { payload: { text: Schema.String } }) {}
+      yield* rows("create table public.insertion (jobs int not null)")
+      yield* rows(`create function public.counted() returns trigger language plpgsql as
+        $$ begin insert into public.insertion select count(*) from added; return null; end $$`)
+      yield* rows(`create trigger counted after insert on pgqueue.job referencing new table as added
+        for each statement execute function public.counted()`)
+      const text = "x".repeat(1_000_000)
+      const done = yield* Large.enqueueAll(Array.from({ length: 20 }, () => ({ text })))
+      assert.strictEqual(new Set(done.map(({ id }) => id)).size, 20)
+      assert.strictEqual(yield* value("select sum(jobs)::int from insertion"), 20)
+      assert.isAtMost(yield* value("select max(jobs)::int from insertion"), 5)
+      yield* allInPlace
+    })))
+})
+
+describe("a bulk in a transaction whose session is lost", () => {
+  it.live("fails with that", () =>
+    withQueue(Effect.gen(function*() {
+      const sql = yield* SqlClient.SqlClient
+      const [held, go] = [yield* Deferred.make<void>(), yield* Deferred.make<void>()]
+      const stranger = yield* Effect.forkScoped(sql.withTransaction(
+        Effect.andThen(Keyed.enqueue({ n: 1 }), Effect.andThen(Deferred.succeed(held, undefined), Deferred.await(go)))
+      ))
+      yield* Deferred.await(held)
+      const ended = yield* Deferred.make<Exit.Exit<unknown, unknown>>()
+      const waiting = yield* Effect.forkScoped(Effect.exit(sql.withTransaction(
+        Effect.onExit(Keyed.enqueueAll([{ n: 1 }]), (exit) => Deferred.succeed(ended, exit))
+      )))
+      yield* untilValue(
+        `select count(pg_terminate_backend(pid))::int from pg_stat_activity
+         where datname = current_database() and wait_event_type = 'Lock'`,
+        1
+      )
+      // What becomes of the application's transaction is its own.
+      yield* Fiber.join(waiting)
+      const exit = yield* Deferred.await(ended)
+      assert.isTrue(Exit.isFailure(exit) && exit.cause.reasons.every(Cause.isFailReason), String(exit))
+      yield* Deferred.succeed(go, undefined)
+      yield* Fiber.join(stranger)
+    })))
+})
+
 describe("a bulk whose answer was lost", () => {
   for (const count of [700, 2500]) {
     it.live(`is in once when it has ${count} jobs`, () =>
@@ -76,7 +121,7 @@ describe("bulks that wait for a stranger's transaction", () => {
         Effect.gen(function*() {
           const sql = yield* SqlClient.SqlClient
           const [taken, over] = [yield* Deferred.make<void>(), yield* Deferred.make<void>()]
-          const stranger = yield* Effect.forkChild(sql.withTransaction(Effect.gen(function*() {
+          const stranger = yield* Effect.forkScoped(sql.withTransaction(Effect.gen(function*() {
             yield* Keyed.enqueueAll(payloads.slice(0, count))
             yield* Deferred.succeed(taken, undefined)
             yield* Deferred.await(over)

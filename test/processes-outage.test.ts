@@ -1,6 +1,6 @@
 /** Workers outlive their database. What the scenarios of `test/faults` do to it is not done again here. */
 import { assert, describe, it } from "@effect/vitest"
-import { Context, Effect, Fiber, Layer } from "effect"
+import { Context, Duration, Effect, Fiber, Layer } from "effect"
 import { Count, Step } from "./programs/jobs.ts"
 import { ownServer } from "./support/database.ts"
 import { Ledger } from "./support/ledger.ts"
@@ -74,6 +74,35 @@ describe("a server that crashes under load", () => {
       }),
     30_000 * forgotten + 60_000
   )
+})
+
+describe("enqueues while the server is down", () => {
+  it.live("fail after ten seconds or a little more, however many there are", () =>
+    Effect.gen(function*() {
+      const server = yield* ownServer()
+      yield* withQueue(
+        Effect.gen(function*() {
+          yield* Effect.promise(() => server.pgCtl(["stop", "-m", "fast"]))
+          const waits = yield* Effect.forEach(
+            Array.from({ length: 5000 }, (_, n) => n),
+            (n) =>
+              Effect.gen(function*() {
+                // Over two seconds, so that they do not give up together.
+                yield* Effect.sleep(n % 2000)
+                return yield* Effect.timed(Effect.flip(Count.enqueue({ n })))
+              }),
+            { concurrency: "unbounded" }
+          )
+          yield* Effect.promise(() => server.pgCtl(["start"]))
+          const millis = waits.map(([took]) => Duration.toMillis(took))
+          assert.isAtLeast(Math.min(...millis), 9000)
+          assert.isBelow(Math.max(...millis), 18_000)
+          assert.isTrue(waits.every(([, error]) => error._tag === "SqlError"))
+          yield* untilValue("select count(*)::int from pgqueue.job", 0)
+        }),
+        { serverUrl: server.url }
+      )
+    }), 120_000)
 })
 
 describe("workers that are started before their database", () => {

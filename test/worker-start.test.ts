@@ -6,7 +6,18 @@ import { Reactivity } from "effect/reactivity"
 import { SqlClient } from "effect/sql"
 import { Job, JobQueue, Worker } from "../src/index.ts"
 import { ownServer } from "./support/database.ts"
-import { databaseWithLedger, now, queueLayer, rows, running, until, value, withQueue } from "./support/queue.ts"
+import { makeLink } from "./support/link.ts"
+import {
+  databaseUrl,
+  databaseWithLedger,
+  now,
+  queueLayer,
+  rows,
+  running,
+  until,
+  value,
+  withQueue
+} from "./support/queue.ts"
 
 class Ping extends Job.make("ping") {}
 class Mail extends Job.make("mail", { queue: "mail" }) {}
@@ -107,6 +118,16 @@ describe("a queue", () => {
       )
       assert.isTrue(exits.every(Exit.isSuccess))
     })))
+
+  it.live("tries again when its link has gone dead before it was there", () =>
+    withDatabase(Effect.gen(function*() {
+      const link = yield* makeLink(yield* databaseUrl)
+      link.loseRequestWith("server_version_num")
+      yield* running(
+        Layer.fresh(Layer.provideMerge(JobQueue.layer(), PgClient.layer({ url: Redacted.make(link.url) })))
+      )
+      assert.strictEqual(link.dead(), 1)
+    })), 60_000)
 
   it.live("refuses the name of a schema that needs quoting", () =>
     withDatabase(Effect.gen(function*() {
