@@ -56,6 +56,7 @@ const statements = (s: string) => {
 
   // Everybody asks, nobody leads. Skipped when locked; judged again when somebody has just had the turn, with a newer clock
   // than theirs, which is therefore read per row and not once. A turn in the future is one from before the clock went back.
+  // Whoever asks for it `anyway` has found the row locked again and again, by a stranger, and goes on without it.
   const take = `with policy as materialized (
       select coalesce((
         select greatest(10, (value ->> 'interval')::float8) from ${s}.setting
@@ -71,15 +72,20 @@ const statements = (s: string) => {
     ), first as (
       insert into ${s}.task (name, ran_at) select $1::text, clock_timestamp()
       where not exists (select 1 from ${s}.task where name = $1::text) on conflict (name) do nothing returning position
-    ), turn as (select position from taken union all select position from first)
+    ), held as (
+      select t.position from ${s}.task t where t.name = $1::text and not exists (select 1 from taken)
+        and $3::boolean and t.ran_at <= clock_timestamp() - (select interval_ms from policy) * interval '1 millisecond'
+    ), turn as (select position from taken union all select position from first union all select position from held)
     select exists (select 1 from turn) as taken, (select position from turn) as position, p.interval_ms as interval,
       greatest(0, p.interval_ms - coalesce((
-        select extract(epoch from clock_timestamp() - t.ran_at) * 1000 from ${s}.task t where t.name = $1::text and isfinite(t.ran_at)
+        select case when isfinite(t.ran_at) then extract(epoch from clock_timestamp() - t.ran_at) * 1000 else p.interval_ms end
+        from ${s}.task t where t.name = $1::text
       ), 0))::float8 as wait
     from policy p`
 
-  const renew = `update ${s}.task set ran_at = clock_timestamp() where name = $1::text`
-  const goOn = `update ${s}.task set position = nullif($2::text, '') where name = $1::text`
+  const free = `name = any (array(select t.name from ${s}.task t where t.name = $1::text for update skip locked))`
+  const renew = `update ${s}.task set ran_at = clock_timestamp() where ${free}`
+  const goOn = `update ${s}.task set position = nullif($2::text, '') where ${free}`
 
   // Field by field, so that nobody takes back what another has said by not saying it.
   const merge = `insert into ${s}.setting as s (name, value)
@@ -159,10 +165,11 @@ export const make = (db: Database.Database, s: string) => {
 
   const verbs = {
     /**
-     * Takes the turn of a task when nobody has had it for `interval` milliseconds, or for what the policy says.
+     * Takes the turn of a task when nobody has had it for `interval` milliseconds, or for what the policy says; not when its
+     * row is locked, unless that is asked for.
      */
-    take: (task: string, interval: number): Effect.Effect<Turn, SqlError> =>
-      Effect.map(db.query<any>(texts.take, [task, interval]), ([row]) => ({
+    take: (task: string, interval: number, anyway = false): Effect.Effect<Turn, SqlError> =>
+      Effect.map(db.query<any>(texts.take, [task, interval, anyway]), ([row]) => ({
         ...row,
         position: row.position ?? undefined
       })),

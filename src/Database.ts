@@ -278,12 +278,18 @@ export const answerBound = 15_000
  * Waits for an answer at most so many milliseconds, then fails as a lost connection does.
  */
 export const answeredWithin =
-  (millis: number) => <A, R>(self: Effect.Effect<A, SqlError, R>): Effect.Effect<A, SqlError, R> =>
-    Effect.catchIf(Bounded.bounded(self, millis), (error) => error instanceof Bounded.TimedOut, (cause) =>
+  (millis: number) => <A, E, R>(self: Effect.Effect<A, E, R>): Effect.Effect<A, E | SqlError, R> =>
+    Effect.catch(Bounded.bounded(self, millis), (error): Effect.Effect<never, E | SqlError> =>
       Effect.fail(
-        new SqlError({
-          reason: new ConnectionError({ cause, operation: "query", message: "the database did not answer in time" })
-        })
+        error instanceof Bounded.TimedOut
+          ? new SqlError({
+            reason: new ConnectionError({
+              cause: error,
+              operation: "query",
+              message: "the database did not answer in time"
+            })
+          })
+          : error
       ))
 
 /** Sorts before every id. */
@@ -372,6 +378,25 @@ const isPoolerOutage = (cause: unknown): boolean =>
   Predicate.hasProperty(cause, "message") && !Predicate.hasProperty(cause, "routine") &&
   !forGood.test(String(cause.message))
 
+/** What Node says of a connection. */
+const networkCodes =
+  /^(ECONN(RESET|REFUSED|ABORTED)|EPIPE|ETIMEDOUT|EHOSTUNREACH|EHOSTDOWN|ENETUNREACH|ENETDOWN|ENOTFOUND|EAI_AGAIN|ERR_STREAM_DESTROYED|ERR_SOCKET_CLOSED)$/
+
+/** What drivers say of one, in the words of each. */
+const outages = /closed|terminated|timed out|rolled back|not queryable|connection (ended|lost|reset|destroyed)|hang up/i
+
+/** Whether an error without a SQLSTATE is one of the connection: not every client says so by the tag. */
+const isOutage = ({ message, reason }: SqlError): boolean => {
+  const { cause } = reason
+  return reason._tag === "ConnectionError" || outages.test(message) ||
+    (Predicate.hasProperty(cause, "code") && networkCodes.test(String(cause.code))) ||
+    (Predicate.hasProperty(cause, "message") && outages.test(String(cause.message)))
+}
+
+/** A server that protects itself from wraparound says 54000, as of something too large. */
+const isProtection = (state: string, { cause }: SqlError["reason"]): boolean =>
+  state === "54000" && Predicate.hasProperty(cause, "message") && /not accepting commands/.test(String(cause.message))
+
 /**
  * Returns `true` when the same statement may succeed later: an outage, a restart, a lock, a conflict.
  *
@@ -382,23 +407,38 @@ const isPoolerOutage = (cause: unknown): boolean =>
 export const isTransient = (error: unknown): boolean => {
   if (!isSqlError(error)) return false
   const state = sqlState(error)
-  if (state === undefined) {
-    return error.reason._tag === "ConnectionError" || /closed|timed out|terminated|rolled back/i.test(error.message)
-  }
+  if (state === undefined) return isOutage(error)
   if (state === "08P01") return isPoolerOutage(error.reason.cause)
   return state === alreadyEnded ||
-    /^(08|40|53|58|57P|57014|55000|55P03|25006|25P0[234]|XX000|0A000|26000)/.test(state)
+    /^(08|40|53|58|57P|57014|55000|55P03|25006|25P0[234]|XX000|0A000|26000)/.test(state) ||
+    isProtection(state, error.reason)
 }
+
+/**
+ * Returns `true` when a statement is not taken as it is, now or later. One row of it may be why, and a smaller one without
+ * that goes through: somebody's trigger says no with any code there is, or has a mistake in it.
+ */
+export const isRefusal = (error: unknown): error is SqlError => isSqlError(error) && !isTransient(error)
+
+/**
+ * Returns `true` when it is a row that is refused: by its values, or by somebody's view (44) or trigger (38, P0).
+ */
+export const isDataFault = (error: unknown): boolean =>
+  isUnstorable(error) || (isRefusal(error) && /^(38|44|P0)/.test(sqlState(error) ?? ""))
 
 /**
  * Returns `true` when the values of a statement are at fault, so that the same statement without them would succeed:
  * bad data (22), a constraint (23), something too large (54), or what the driver could not encode.
  */
-export const isDataFault = (error: unknown): boolean => {
-  if (!isSqlError(error) || isTransient(error)) return false
-  const state = sqlState(error)
-  return state === undefined ? error.reason._tag === "UnknownError" : /^(22|23|54)/.test(state)
-}
+export const isUnstorable = (error: unknown): boolean =>
+  isRefusal(error) && /^(22|23|54)/.test(sqlState(error) ?? (error.reason._tag === "UnknownError" ? "22" : ""))
+
+/**
+ * Returns `true` when a statement asked for more than the server gave it, and a smaller one may succeed: it took too long,
+ * or there was no memory (53200) or no room for what it had at hand (53400, `temp_file_limit`).
+ */
+export const isTooMuch = (error: unknown): boolean =>
+  isStatementTimeout(error) || (isSqlError(error) && /^(53200|53400)$/.test(sqlState(error) ?? ""))
 
 /**
  * Returns `true` when an error means that a connection was lost, or never came to be.

@@ -252,12 +252,17 @@ export const statements = (s: string) => {
     )
     select pg_catalog.count(*)::int4 as count from changed`
 
-  // The condition on the time is opaque: the planner would rather walk the index of all keys with a period.
+  // The condition on the time is opaque: the planner would rather walk the index of all keys with a period. In the order of
+  // the keys, and waiting for whoever has one locked: skipped, it would be met again at once, and for as long as that lasts.
   const expireKeys = `delete from ${s}.unique_key where key = any (array(
-      select k.key from (select distinct ${s}.hash_key(i.kind, i.key) as key from unnest($1::text[], $2::text[]) as i(kind, key)) i
+      select k.key from (
+        select distinct ${s}.hash_key(i.kind, i.key) as key,
+          case when $3::text <> '' then pg_catalog.set_config('lock_timeout', $3::text, true) end as patience
+        from unnest($1::text[], $2::text[]) as i(kind, key) order by 1
+      ) i
       cross join lateral (
         select u.key from ${s}.unique_key u
-        where u.key = i.key and case when u.expires_at <= pg_catalog.clock_timestamp() then true else false end for update skip locked
+        where u.key = i.key and case when u.expires_at <= pg_catalog.clock_timestamp() then true else false end for update
       ) k))`
 
   return { insert, insertNew, insertNewOne, insertUnique, holders, replace, expireKeys }

@@ -21,6 +21,9 @@ const mostAhead = 500
 /** The most jobs of one claim, and the most that wait in the buffer. */
 const mostClaimed = 500
 
+/** A claim that took less than this, in milliseconds, could have brought twice as many. */
+const easily = 2000
+
 /** A sweep from the front at least this often, in milliseconds … */
 const sweepEvery = 1000
 /** … and whenever it costs less than this part of the time. */
@@ -40,6 +43,8 @@ export interface Line {
   readonly concurrency: number
   /** Claimed and not started: the last is the next to start. */
   readonly buffer: Array<Run.Running>
+  /** The most jobs of the next claim: fewer after one that was too much. */
+  most: number
   running: number
   /** How many jobs ended in the time that is claimed ahead, roughly: a count that decays. */
   endings: number
@@ -62,6 +67,7 @@ export const make = (queue: string, concurrency: number, now: number): Line => (
   queue,
   concurrency,
   buffer: [],
+  most: mostClaimed,
   running: 0,
   endings: 0,
   endingsAt: now,
@@ -87,7 +93,12 @@ export const wanted = (line: Line, now: number): number => {
   const reserve = held ? 0 : Math.min(mostClaimed, Math.floor(decayed(line, now)))
   const room = free + reserve - line.buffer.length
   // Half the reserve at a time, or every job that ends would cost a claim.
-  return room >= Math.max(1, reserve / 2) || (room > 0 && free > line.buffer.length) ? Math.min(room, mostClaimed) : 0
+  return room >= Math.max(1, reserve / 2) || (room > 0 && free > line.buffer.length) ? Math.min(room, line.most) : 0
+}
+
+/** Notes that a claim of so many was more than could be had: it is tried with a half. */
+export const tooMuch = (line: Line, limit: number): void => {
+  line.most = Math.max(1, limit >> 1)
 }
 
 /**
@@ -123,6 +134,7 @@ export const claimed = (
     if (rows[i + 1]?.lane !== lane) line.cursors.set(lane, { lane, runAt, id })
   }
   const took = options.now - options.startedAt
+  if (took < easily) line.most = Math.min(mostClaimed, line.most * 2)
   // A single claim that was slow says nothing of the next one.
   line.ahead = Math.max(ahead, Math.min(took, line.took, mostAhead))
   line.took = took

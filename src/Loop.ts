@@ -8,6 +8,7 @@ import * as Clock from "effect/Clock"
 import type * as Context from "effect/Context"
 import * as Deferred from "effect/Deferred"
 import * as Effect from "effect/Effect"
+import * as Exit from "effect/Exit"
 import * as Latch from "effect/Latch"
 import * as Schedule from "effect/Schedule"
 import { isSqlError, type SqlError } from "effect/sql/SqlError"
@@ -54,6 +55,9 @@ interface Claimed {
 
 /** A claim on a dead link never answers; after this the lease counts as unknown and is handed back when found. */
 const claimBound = 15_000
+
+/** How long a loop that is about to end waits to learn what the dead have left, in milliseconds. */
+const idleBound = 5000
 
 /** How long a handler waits for its progress to be stored, in milliseconds. */
 const progressBound = 5000
@@ -330,7 +334,10 @@ export const start = Effect.fnUntraced(function*(options: {
         // Whether it took effect is unknown: if it did, the next comparison finds a lease that nobody knows.
         leases.forget(lease.id)
         startable += limit
-        onFailed(cause.reasons.find(Cause.isFailReason)?.error)
+        const error = cause.reasons.find(Cause.isFailReason)?.error
+        // What does not arrive in time over a slow link, or is more than the server has room for, never does.
+        if (error instanceof Bounded.TimedOut || Database.isTooMuch(error)) Line.tooMuch(line, limit)
+        onFailed(error)
       })
     ))
     const claimedAt = now()
@@ -352,10 +359,10 @@ export const start = Effect.fnUntraced(function*(options: {
       lease.jobs.set(row.id, running)
       if (cancelling.size > 0 && cancelling.has(row.id)) liveness.hurry()
       if (isSuspect(running)) suspects++
-      // Told to stop, or declared dead, meanwhile; a job whose row is gone, or that is cancelled; one suspect too many:
-      // back, unburnt.
+      // Told to stop, or declared dead, meanwhile; a job whose row is gone, that is cancelled, or that has another kind than
+      // its place in line; one suspect too many: back, unburnt.
       const unwanted = stopping || worker !== liveness.id() || row.kind === null || row.cancelled ||
-        (isSuspect(running) && suspects > 1)
+        router.find(row.kind) === undefined || (isSuspect(running) && suspects > 1)
       if (unwanted) handBack(running)
       else wanted.push(running)
     }
@@ -510,26 +517,29 @@ export const start = Effect.fnUntraced(function*(options: {
     // A handler may have told the worker to stop: first let it come to where it waits, and its fork return.
     yield* Effect.yieldNow
     const begun = now()
-    const left = () => Math.max(200, options.gracePeriod + 3000 - (now() - begun))
+    const spare = () => Math.max(200, options.gracePeriod + 3000 - (now() - begun))
     lines.forEach(handBackBuffer)
     // One that has not stopped at its timeout has had its time.
     yield* quiet(({ interruption }) => interruption !== "timeout", options.gracePeriod, stop.urgent.await)
     for (const running of runs) interrupt(running, "shutdown")
     yield* quiet(() => true, 1500)
     const allSettled = Effect.forEach(allSettlers, (settler) => settler.drained, { discard: true })
-    yield* Effect.ignore(Bounded.bounded(Effect.andThen(claimsAnswered, allSettled), left()))
+    yield* Effect.ignore(Bounded.bounded(Effect.andThen(claimsAnswered, allSettled), spare()))
     liveness.retire()
     // A handler that does not stop keeps its lease until the others see that this process is gone.
     const kept = runs.size + unsettled()
+    let answered = claiming === 0 && unsettled() === 0
     if (kept > 0) {
       yield* Report.warning(
         `${runs.size} handlers did not stop, ${unsettled()} jobs could not be settled; they are rescued after the lease time`
       )
     } else {
       // A lease whose statement was never answered is not to count as a loss.
-      yield* Effect.ignoreCause(Bounded.bounded(store.leave(liveness.id()), Math.min(1000, left())))
+      const gone = yield* Effect.exit(Bounded.bounded(store.leave(liveness.id()), Math.min(1000, spare())))
+      answered &&= Exit.isSuccess(gone)
     }
-    sayEnded([...runs].flatMap(({ fiber }) => fiber ?? []))
+    // In pools of the queue's own what has no answer keeps nobody.
+    sayEnded([...runs].flatMap(({ fiber }) => fiber ?? []), !answered && options.database.connect === undefined)
   })
 
   const loop: Loop = {
@@ -540,7 +550,16 @@ export const start = Effect.fnUntraced(function*(options: {
         const ended = () =>
           leases.all.size === 0 && unsettled() === 0 &&
           (startable <= 0 || (unparked && timekeeper.allDry() && liveness.alive()))
-        while (!ended()) yield* Effect.sleep(5)
+        // What the dead have left is due, too, and where nobody lives longer than this loop nobody else takes it back. That
+        // takes a lease, in which it is found out that they are dead, and a sweep.
+        const until = now() + options.lease + 2 * options.rescueInterval + 1000
+        while (true) {
+          while (!ended()) yield* Effect.sleep(5)
+          if (startable <= 0 || now() > until) return
+          const left = yield* Effect.orElseSucceed(Bounded.bounded(store.orphaned(), idleBound), () => 0)
+          if (left === 0) return
+          yield* Effect.sleep(Math.min(1000, options.rescueInterval))
+        }
       })
     ),
     counts: () => ({ ...counts })

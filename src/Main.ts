@@ -17,37 +17,48 @@ import * as Runtime from "effect/Runtime"
 export interface Stop {
   /** Open when nothing is to be waited for any more. */
   readonly urgent: Latch.Latch
-  /** Open when the process was told to end, all workers have ended, and handlers of theirs have not stopped. */
+  /**
+   * Open when the process was told to end, all workers have ended, and something may keep it for ever: handlers of theirs that
+   * have not stopped, or statements without an answer.
+   */
   readonly stuck: Latch.Latch
   /** Whether handlers of workers that have ended have still not stopped. */
   readonly isStuck: () => boolean
+  /** Whether they have left a statement behind that has no answer. */
+  readonly isSilent: () => boolean
   /** The process was told to end. A worker alone may end, or fail, and whatever else there is goes on. */
   readonly end: () => void
-  /** A worker begins. The returned function is for its end, and the handlers that have not stopped. */
-  readonly begin: () => (left: ReadonlyArray<Fiber.Fiber<unknown, unknown>>) => void
+  /**
+   * A worker begins. The returned function is for its end: the handlers that have not stopped, and whether it leaves a
+   * statement behind in a pool of the application.
+   */
+  readonly begin: () => (left: ReadonlyArray<Fiber.Fiber<unknown, unknown>>, unanswered: boolean) => void
 }
 
 const make = (): Stop => {
   const stuck = Latch.makeUnsafe(false)
   let working = 0
   let handlers = 0
+  let silent = false
   let ending = false
   const check = () => {
     // Workers that have not ended have a grace period of their own.
-    if (ending && working === 0 && handlers > 0) stuck.openUnsafe()
+    if (ending && working === 0 && (handlers > 0 || silent)) stuck.openUnsafe()
   }
   return {
     urgent: Latch.makeUnsafe(false),
     stuck,
     isStuck: () => handlers > 0,
+    isSilent: () => silent,
     end: () => {
       ending = true
       check()
     },
     begin: () => {
       working++
-      return (left) => {
+      return (left, unanswered) => {
         working--
+        silent ||= unanswered
         handlers += left.length
         for (const handler of left) handler.addObserver(() => handlers--)
         check()
@@ -93,7 +104,8 @@ export const teardown: Runtime.Teardown = (exit, onExit) =>
  *
  * When the program was told to stop and a handler did not, the process ends one second after its last worker has: such a
  * handler may hold a connection, its COMMIT on a dead link for one, and a pool waits for that without end. A `teardown` of
- * your own is given a defect then.
+ * your own is given a defect then. So it does when, without a `PgClient`, the queue has a statement in the application's
+ * pool that a silent database has not answered.
  *
  * **Gotchas**
  *
@@ -136,8 +148,12 @@ export const runMain = <A, E>(
   const watchdog = Effect.gen(function*() {
     yield* stop.stuck.await
     yield* Effect.sleep(patience)
-    if (!stop.isStuck()) return
-    chooseCode(Exit.die(new Error("effect-pgqueue: a handler did not stop")), (code) => process.exit(code))
+    if (!stop.isStuck() && !stop.isSilent()) return
+    // Without a handler it is the database that does not answer, and the worker has stopped as it was told to.
+    chooseCode(
+      stop.isStuck() ? Exit.die(new Error("effect-pgqueue: a handler did not stop")) : Exit.interrupt(),
+      (code) => process.exit(code)
+    )
   })
   const run = Runtime.makeRunMain(({ fiber, teardown }) => {
     let signals = 0

@@ -376,6 +376,9 @@ export const statements = (s: string) => {
       order by l.id limit $1::int4 for update of l skip locked`
   // Those that `rescue` would take, by name.
   const lostNames = lostLeases("l.id::text as id")
+  const orphaned =
+    `select pg_catalog.count(*)::int4 as count from ${s}.lease l left join ${s}.worker w on w.id = l.worker
+    where w.id is null or w.beat_at < pg_catalog.clock_timestamp() - w.lease_ms * interval '1 millisecond'`
   const rescue = takeBack(
     lostLeases("l.id, l.worker, l.ids"),
     `select l.*, c.now, c.now as ended_at, null::timestamptz as started_at,
@@ -408,5 +411,16 @@ export const statements = (s: string) => {
     )
     select alone from mine`
 
-  return { settle, complete, completeKept, completeForgotten, lostNames, rescue, release, detach }
+  const scatter = `with lost as (
+      delete from ${s}.lease where id = any (array(
+        select l.id from ${s}.lease l where l.id = $1::uuid and cardinality(l.ids) > 1
+          and not exists (select 1 from ${s}.worker w where w.id = l.worker) for update skip locked
+      )) returning worker, ids, claimed_at
+    ), own as (
+      insert into ${s}.lease (id, worker, ids, claimed_at)
+      select ${s}.uuid_v7(), worker, array[u.id], claimed_at from lost cross join unnest(ids) as u(id)
+    )
+    select coalesce(sum(cardinality(ids)), 0)::int4 as count from lost`
+
+  return { settle, complete, completeKept, completeForgotten, lostNames, orphaned, rescue, release, detach, scatter }
 }

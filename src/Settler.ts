@@ -7,11 +7,10 @@
 import * as Cause from "effect/Cause"
 import * as Effect from "effect/Effect"
 import * as Latch from "effect/Latch"
-import { isSqlError } from "effect/sql/SqlError"
+import { isSqlError, type SqlError } from "effect/sql/SqlError"
 import * as Bounded from "./Bounded.ts"
 import * as Database from "./Database.ts"
 import type * as Episode from "./Episode.ts"
-import * as Outcome from "./Outcome.ts"
 import * as Report from "./Report.ts"
 import * as Settlement from "./Settlement.ts"
 import type * as Store from "./Store.ts"
@@ -111,7 +110,7 @@ export const make = (options: {
       entries.filter(({ verb }) => verb !== "completed")
     ].filter(({ length }) => length > 0)
 
-  /** Sends a batch; when the data of one is refused, halves it until that one is alone. */
+  /** Sends a batch; when one is refused, halves it until that one is alone. */
   const send = (entries: ReadonlyArray<Settlement.Entry>): Effect.Effect<void> =>
     Effect.suspend(() => Bounded.bounded(options.store.settle(options.worker(), entries, options.now()), settleBound))
       .pipe(
@@ -132,16 +131,16 @@ export const make = (options: {
         }),
         Effect.catchCause((cause) => {
           const error = cause.reasons.find(Cause.isFailReason)?.error
-          if (Database.isDataFault(error)) {
-            if (entries.length === 1) return refused(entries[0]!, cause)
+          if (Database.isRefusal(error)) {
+            if (entries.length === 1) return refused(entries[0]!, error)
             const middle = entries.length >> 1
             return Effect.andThen(send(entries.slice(0, middle)), send(entries.slice(middle)))
           }
           // Whatever else it is, it is not the jobs' fault. Sent again as it is, a settle that did get through finds
           // nothing left to change.
           if (error instanceof Bounded.TimedOut || Database.isConnectionLoss(error)) options.onDoubt()
-          // What did not fit into the time, or into a message, comes in smaller parts.
-          if (!isSqlError(error) || Database.isStatementTimeout(error)) {
+          // What did not fit into the time, the memory or a message comes in smaller parts.
+          if (!isSqlError(error) || Database.isTooMuch(error)) {
             most = Math.max(1, Math.min(most, entries.length) >> 1)
           }
           again(entries)
@@ -153,18 +152,18 @@ export const make = (options: {
   let complained = -Infinity
 
   /**
-   * What the database will not store, it may store without the values that came from the handler. Where there are none, it is
-   * the database that has to be mended: by a partition for somebody's trigger, for instance.
+   * What the database will not store, it may store without the values that came from the handler. Where there are none, or it
+   * says no for another reason, it is the database that has to be mended: by a partition for somebody's trigger, for instance.
    */
-  const refused = (entry: Settlement.Entry, cause: Cause.Cause<unknown>): Effect.Effect<void> => {
+  const refused = (entry: Settlement.Entry, error: SqlError): Effect.Effect<void> => {
     const { failure, reason, result } = entry
     const bare = result === undefined && reason === undefined && (failure === undefined || failure.message === refusal)
-    if (bare) {
+    if (bare || !Database.isUnstorable(error)) {
       const isNews = options.now() - complained >= refusedPause
       if (isNews) complained = options.now()
       return Effect.andThen(
         isNews
-          ? Report.error(`job ${entry.id} cannot be settled`, Outcome.describe(cause))
+          ? Report.error(`job ${entry.id} cannot be settled (${Database.describe(error)})`)
           : Effect.void,
         later([entry], refusedPause)
       )

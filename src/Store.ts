@@ -253,12 +253,18 @@ export const make = (database: Database.Database, schema: string) => {
       ),
 
     /**
-     * Removes those keys of these jobs whose period is over.
+     * Removes those keys of these jobs whose period is over. Waits at most `patience` milliseconds for a stranger's
+     * transaction that has one of them locked.
      */
-    expireKeys: (jobs: ReadonlyArray<Insertion.NewJob>, inUserTransaction: boolean): Effect.Effect<void, SqlError> =>
+    expireKeys: (
+      jobs: ReadonlyArray<Insertion.NewJob>,
+      inUserTransaction: boolean,
+      patience: number | undefined
+    ): Effect.Effect<void, SqlError> =>
       Effect.asVoid(run(inUserTransaction, insertion.expireKeys, [
         jobs.map((job) => job.kind),
-        jobs.map((job) => job.unique!.key)
+        jobs.map((job) => job.unique!.key),
+        patience === undefined ? "" : String(patience)
       ])),
 
     /**
@@ -383,6 +389,17 @@ export const make = (database: Database.Database, schema: string) => {
     /** The first lease that `rescue` would take. */
     firstLost: (after: string = Database.firstId): Effect.Effect<string | undefined, SqlError> =>
       Effect.map(rows<{ id: string }>(settlement.lostNames, [1, after]), ([lease]) => lease?.id),
+
+    /** How many leases there are whose worker is gone, or looks as if it were. */
+    orphaned: (): Effect.Effect<number, SqlError> =>
+      Effect.map(rows<{ count: number }>(settlement.orphaned, []), ([row]) => row!.count),
+
+    /**
+     * Gives each job of a lease whose worker is gone a lease of its own, and returns how many that were; none when it was
+     * the only one, or somebody has the lease locked.
+     */
+    scatter: (lease: string): Effect.Effect<number, SqlError> =>
+      Effect.map(rows<{ count: number }>(settlement.scatter, [lease]), ([row]) => row!.count),
 
     /**
      * Puts the jobs of a worker's own leases back in line as if they had not been claimed.

@@ -19,7 +19,6 @@ import type * as Contact from "./Contact.ts"
 import * as Database from "./Database.ts"
 import * as Episode from "./Episode.ts"
 import * as Line from "./Line.ts"
-import * as Outcome from "./Outcome.ts"
 import * as Report from "./Report.ts"
 import type * as Store from "./Store.ts"
 import * as Telemetry from "./Telemetry.ts"
@@ -59,13 +58,19 @@ const shortestRenewal = 100
 /** How long the question whose turn it is may take, in milliseconds. */
 const askBound = 10_000
 
+/**
+ * How long a turn that is due may be locked, in milliseconds, before this process goes on without: whoever takes one has it
+ * locked for a statement. Two who do so at once do each other no harm.
+ */
+const longestHold = 5000
+
 /** One transaction of upkeep, for which nobody waits without end. */
 const apart = <A, E>(store: Store.Store, self: Effect.Effect<A, E>, options?: Parameters<Store.Store["apart"]>[1]) =>
   Bounded.bounded(store.apart(self, options), bound)
 
 /**
- * A batch that is halved whenever the server gives up a statement because it took too long, or refuses it for what is in a
- * row, and then grows again slowly: something else may have been the reason.
+ * A batch that is halved whenever a statement asks for too much of the server, or is refused for what is in a row, and then
+ * grows again slowly: something else may have been the reason.
  */
 const halving = (size: number) => {
   let next = size
@@ -78,7 +83,7 @@ const halving = (size: number) => {
           return { full: limit, done }
         }),
         Effect.catchIf(
-          (error) => limit > 1 && (Database.isStatementTimeout(error) || Database.isDataFault(error)),
+          (error) => limit > 1 && (Database.isTooMuch(error) || Database.isRefusal(error)),
           () => {
             next = Math.ceil(limit / 2)
             return run(statement)
@@ -102,19 +107,20 @@ export const rescueOnce = Effect.fnUntraced(function*(
   const leases = halving(batch)
   let jobs = 0
   let after: string | undefined
+  /** Leases that stay, and what is said of the first one. */
+  let stuck = 0
+  let why: string | undefined
   while (true) {
     const tried = yield* Effect.exit(leases((limit) => Bounded.bounded(store.rescue(limit, after), bound)))
     if (Exit.isFailure(tried)) {
       // What cannot be taken back must not keep the jobs of all others.
-      const refused = tried.cause.reasons.some((reason) =>
-        Cause.isFailReason(reason) && Database.isDataFault(reason.error)
-      )
-      const lease = refused ? yield* Bounded.bounded(store.firstLost(after), bound) : undefined
+      const refusal = tried.cause.reasons.filter(Cause.isFailReason).map(({ error }) => error).find(Database.isRefusal)
+      const lease = refusal !== undefined ? yield* Bounded.bounded(store.firstLost(after), bound) : undefined
       if (lease === undefined) return yield* Effect.failCause(tried.cause)
-      yield* Report.error(
-        `the jobs of lease ${lease} cannot be taken back`,
-        Outcome.describe(tried.cause)
-      )
+      // One of its jobs is why: the others come back without it.
+      if ((yield* Bounded.bounded(store.scatter(lease), bound)) > 0) continue
+      stuck++
+      why ??= `${lease}: ${Database.describe(refusal)}`
       after = lease
       continue
     }
@@ -126,6 +132,7 @@ export const rescueOnce = Effect.fnUntraced(function*(
     if (taken.leases < full || taken.last === null) break
     after = taken.last
   }
+  if (stuck > 0) yield* Report.error(`${stuck} leases cannot be taken back (${why})`)
   if (dead.length > 0 || jobs > 0) {
     yield* Report.info(`rescued ${jobs} jobs, ${dead.length} workers declared dead`)
   }
@@ -371,6 +378,8 @@ export const loops = (options: {
     let wait = 0
     /** How long a turn lasts: what all have agreed on, once it is known. */
     let interval = own
+    /** Since when the turn has been due, and somebody has had it locked whenever this process asked. */
+    let lockedSince = Infinity
 
     const turn = Effect.gen(function*() {
       wait = interval
@@ -379,10 +388,18 @@ export const loops = (options: {
       const clock = yield* Clock.Clock
       const now = () => Bounded.monotonic(clock)
       let renewed = now()
-      const answer = yield* Effect.withTracerEnabled(Bounded.bounded(store.take(task.name, own), askBound), false)
+      const anyway = now() - lockedSince >= longestHold
+      const answer = yield* Effect.withTracerEnabled(
+        Bounded.bounded(store.take(task.name, own, anyway), askBound),
+        false
+      )
       interval = answer.interval
       wait = answer.wait
-      if (!answer.taken) return
+      if (!answer.taken) {
+        lockedSince = wait > 0 ? Infinity : Math.min(lockedSince, now())
+        return
+      }
+      lockedSince = Infinity
       wait = interval
       // Beside the turn: a batch, and the rest after it, may be longer than the interval.
       const renewing = Effect.sleep(Math.max(shortestRenewal, interval / 3)).pipe(

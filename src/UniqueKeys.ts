@@ -85,7 +85,7 @@ export const insertKeyed = (
           done.set(job.id, { id: holder.holder as JobId, status: replaced ? "replaced" : "existing" })
         }
       }
-      if (expired.length > 0) yield* store.expireKeys(expired, inUserTransaction)
+      if (expired.length > 0) yield* store.expireKeys(expired, inUserTransaction, patience)
       open = [...again, ...expired]
     }
     if (replayed) yield* store.replayed(inUserTransaction)

@@ -209,7 +209,7 @@ const look = Effect.fnUntraced(function*(at: Filled) {
     yield* explain(`insertUnique of ${count}`, texts.insertUnique, Store.keyedColumnsOf(unique, 5))
     const three = [unique.map((job) => job.id), unique.map(() => "k"), unique.map((job) => job.unique!.key)]
     yield* explain(`holders of ${count}`, texts.holders, three)
-    yield* explain(`expireKeys of ${count}`, texts.expireKeys, three.slice(1))
+    yield* explain(`expireKeys of ${count}`, texts.expireKeys, [...three.slice(1), "5"])
   }
   yield* explain("claim", texts.claim, at.claimParams(["k"]))
   yield* explain("claim of unknown kinds", texts.claim, at.claimParams(["nothing", "else"]))
@@ -252,10 +252,11 @@ const look = Effect.fnUntraced(function*(at: Filled) {
   yield* explain("awaits", texts.awaits, [id])
   yield* explain("progress", texts.progress, [lease, id, "1"])
   yield* explain("detach", texts.detach, [lease, id, uuid()])
+  yield* explain("scatter", texts.scatter, [lease])
   yield* explain("park", texts.park, parkParams)
   yield* explain("unpark", texts.unpark, [at.me, parkedLanes, 2000])
   yield* explain("audit", texts.audit, [firstId, 5000])
-  yield* explain("take", texts.take, ["cleanup", 1000])
+  yield* explain("take", texts.take, ["cleanup", 1000, true])
   for (const ending of Cleanup.endings) {
     plans[`prune of ${ending}`] = yield* at.explainInOrder(texts.prune, [ending, 1000, "-1"])
   }

@@ -2,7 +2,7 @@
 import { PgClient } from "@effect/sql-pg"
 import { assert, describe, it } from "@effect/vitest"
 import { Context, Effect, Exit, Layer, Logger, Queue, Redacted, Schema } from "effect"
-import { ConnectionError, SqlError } from "effect/sql/SqlError"
+import { ConnectionError, SqlError, UnknownError } from "effect/sql/SqlError"
 import * as Database from "../src/Database.ts"
 import { Job, JobQueue, Worker } from "../src/index.ts"
 import type { Options } from "../src/JobQueue.ts"
@@ -247,5 +247,27 @@ describe("an error of a pooler", () => {
     const cause = Object.assign(new Error("write EPIPE"), { code: "EPIPE" })
     const lost = new SqlError({ reason: new ConnectionError({ cause, message: "Socket error", operation: "query" }) })
     assert.isTrue(Database.isConnectionLoss(lost))
+  })
+
+  it("is for a while, however a client says that a connection was lost", () => {
+    const unknown = (cause: unknown) =>
+      new SqlError({ reason: new UnknownError({ cause, message: "Failed to execute statement", operation: "query" }) })
+    for (
+      const cause of [
+        Object.assign(new Error("read"), { code: "ECONNRESET" }),
+        new Error("Connection terminated unexpectedly"),
+        new Error("Client has encountered a connection error and is not queryable"),
+        Object.assign(new Error("database is not accepting commands that assign new transaction IDs"), {
+          code: "54000"
+        })
+      ]
+    ) {
+      assert.isTrue(Database.isTransient(unknown(cause)), cause.message)
+      assert.isFalse(Database.isUnstorable(unknown(cause)), cause.message)
+    }
+    for (const cause of [new Error("a bigint too large"), Object.assign(new Error("index row"), { code: "54000" })]) {
+      assert.isFalse(Database.isTransient(unknown(cause)), cause.message)
+      assert.isTrue(Database.isUnstorable(unknown(cause)), cause.message)
+    }
   })
 })

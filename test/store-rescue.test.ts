@@ -87,11 +87,12 @@ layer(Storage.layer, { excludeTestServices: true })("rescue", (it) => {
     "a job that cannot be taken back keeps no other one",
     rule(Effect.gen(function*() {
       const { store } = yield* Storage
-      const held = yield* leased(12)
-      const bad = held[3]!.ids[0]!
+      // The bad one among others in its lease, and leases before and after it.
+      const held = [...yield* leased(3), yield* claimed([job(), job(), job()]), ...yield* leased(8)]
+      const bad = held[3]!.ids[1]!
       yield* query(`alter table pgqueue.job add constraint bad check (id <> '${bad}' or rescued = 0)`)
       for (const { worker } of held) yield* bury(worker)
-      assert.strictEqual(yield* Tasks.rescueOnce(store, deaf), 11)
+      assert.strictEqual(yield* Tasks.rescueOnce(store, deaf), 13)
       assert.deepInclude(yield* stateOf(bad), { place: "lease" })
       yield* query("alter table pgqueue.job drop constraint bad")
       assert.strictEqual(yield* Tasks.rescueOnce(store, deaf), 1)

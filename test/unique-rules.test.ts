@@ -1,6 +1,6 @@
 /** What a uniqueness rule says besides the key: how long it holds, and what an enqueue does that meets a holder. */
 import { assert, describe, it } from "@effect/vitest"
-import { Deferred, Effect, Layer, Schedule, Schema } from "effect"
+import { Deferred, Effect, Fiber, Layer, Schedule, Schema } from "effect"
 import { SqlClient } from "effect/sql"
 import { Job, JobQueue, Worker } from "../src/index.ts"
 import {
@@ -206,6 +206,49 @@ describe("until", () => {
       yield* rows("update pgqueue.unique_key set expires_at = clock_timestamp() - interval '1 second'")
       assert.strictEqual((yield* Sync.enqueue({ n: 3 }, rule)).status, "inserted")
     })))
+
+  const overdue = rows("update pgqueue.unique_key set expires_at = clock_timestamp() - interval '1 second'")
+  const counted = Effect.andThen(
+    rows("create sequence public.tries"),
+    Effect.andThen(
+      rows(`create function public.counted() returns trigger language plpgsql as
+        $$ begin perform nextval('public.tries'); return null; end $$`),
+      rows(
+        "create trigger counted before delete on pgqueue.unique_key for each statement execute function public.counted()"
+      )
+    )
+  )
+  for (const inside of [false, true]) {
+    it.live(
+      `a key whose period is over and that a stranger has locked is waited for${inside ? ", in a transaction" : ""}`,
+      () =>
+        withQueue(Effect.gen(function*() {
+          const sql = yield* SqlClient.SqlClient
+          yield* running(Worker.layer({ jobs: [Sync] }).pipe(Layer.provide(Sync.toLayer(() => Effect.void))))
+          const rule = { unique: { key: "k", period: "1 hour" } } as const
+          yield* Sync.enqueue({ n: 1 }, rule)
+          yield* untilAllEnded()
+          yield* overdue
+          yield* counted
+          const [locked, go] = [yield* Deferred.make<void>(), yield* Deferred.make<void>()]
+          const stranger = yield* Effect.forkScoped(sql.withTransaction(Effect.gen(function*() {
+            yield* sql`select key from pgqueue.unique_key for update`
+            yield* Deferred.succeed(locked, undefined)
+            yield* Deferred.await(go)
+          })))
+          yield* Deferred.await(locked)
+          const enqueue = Sync.enqueue({ n: 2 }, rule)
+          const waits = yield* Effect.forkScoped(inside ? sql.withTransaction(enqueue) : enqueue)
+          // Neither the neighbours nor the server have anything of it.
+          assert.strictEqual((yield* Sync.enqueue({ n: 3 }, { unique: "another" })).status, "inserted")
+          yield* Effect.sleep(1000)
+          assert.isAtMost(yield* value("select last_value::int from public.tries"), 30)
+          yield* Deferred.succeed(go, undefined)
+          yield* Fiber.join(stranger)
+          assert.strictEqual((yield* Fiber.join(waits)).status, "inserted")
+        }))
+    )
+  }
 
   it.live("keys of two kinds, and two keys of one kind, have nothing to do with each other", () =>
     withQueue(Effect.gen(function*() {

@@ -1,6 +1,7 @@
 /** How a job ends when the database, the policy or the codec of the result gets in the way. */
 import { assert, describe, it } from "@effect/vitest"
-import { Effect, Layer, Schedule, Schema, SchemaGetter } from "effect"
+import { Deferred, Effect, Fiber, Layer, Schedule, Schema, SchemaGetter } from "effect"
+import { SqlClient } from "effect/sql"
 import { Job, Worker } from "../src/index.ts"
 import { Ledger } from "./support/ledger.ts"
 import {
@@ -101,6 +102,29 @@ describe("time limits that the application's database sets", () => {
         [{ rescued: 1 }]
       )
       yield* allInPlace
+    })))
+})
+
+describe("a stranger that has the turn of the rescue locked", () => {
+  it.live("does not keep the jobs of the dead", () =>
+    withQueue(Effect.gen(function*() {
+      yield* Note.enqueueAll(numbers(5))
+      yield* abandon(1)
+      yield* rows("insert into pgqueue.task (name) values ('rescue')")
+      const [locked, go] = [yield* Deferred.make<void>(), yield* Deferred.make<void>()]
+      const sql = yield* SqlClient.SqlClient
+      const stranger = yield* Effect.forkScoped(sql.withTransaction(Effect.gen(function*() {
+        yield* sql`select name from pgqueue.task for update`
+        yield* Deferred.succeed(locked, undefined)
+        yield* Deferred.await(go)
+      })))
+      yield* Deferred.await(locked)
+      yield* running(
+        Worker.layer({ jobs: [Note], ...watchful }).pipe(Layer.provide(NoteHandler), Layer.provide(queueLayer()))
+      )
+      yield* untilAllEnded({ within: 15_000 })
+      yield* Deferred.succeed(go, undefined)
+      yield* Fiber.join(stranger)
     })))
 })
 

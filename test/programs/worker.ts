@@ -5,7 +5,9 @@ import * as Effect from "effect/Effect"
 import * as Layer from "effect/Layer"
 import * as Redacted from "effect/Redacted"
 import * as References from "effect/References"
+import * as SqlClient from "effect/sql/SqlClient"
 import { JobQueue, Worker } from "../../src/index.ts"
+import { hidden } from "../support/hidden.ts"
 import { Ledger } from "../support/ledger.ts"
 import * as Jobs from "./jobs.ts"
 import { ready } from "./ready.ts"
@@ -25,17 +27,24 @@ export interface WorkerProgram {
   readonly lease?: number
   readonly rescueInterval?: number
   readonly pollInterval?: number
+  /** Its client is not a `PgClient`, and it runs under `Worker.runMain`. */
+  readonly hidden?: boolean
 }
 
 process.on("disconnect", () => process.kill(process.pid, "SIGKILL"))
 
 // Sound: the tests write it from the same type.
-const { directUrl, name, url, ledgerUrl = url, ...options } = JSON.parse(process.argv[2]!) as WorkerProgram
+const { directUrl, hidden: isHidden = false, name, url, ledgerUrl = url, ...options } = JSON.parse(
+  process.argv[2]!
+) as WorkerProgram
 
 const PgLive = PgClient.layer({ url: Redacted.make(url), applicationName: name })
+const SqlLive = isHidden
+  ? Layer.effect(SqlClient.SqlClient, Effect.map(PgClient.PgClient, hidden)).pipe(Layer.provide(PgLive))
+  : PgLive
 const QueueLive = JobQueue.layer({
   directUrl: directUrl === undefined ? undefined : Redacted.make(directUrl)
-}).pipe(Layer.provideMerge(PgLive))
+}).pipe(Layer.provideMerge(SqlLive))
 const WorkerLive = Worker.layer({ ...options, name, jobs: Jobs.all }).pipe(
   Layer.provide(Jobs.handlers),
   Layer.provide(Ledger.layer(ledgerUrl, name)),
@@ -43,9 +52,8 @@ const WorkerLive = Worker.layer({ ...options, name, jobs: Jobs.all }).pipe(
 )
 const Ready = Layer.effectDiscard(Effect.sync(ready))
 
-NodeRuntime.runMain(
-  Layer.launch(Ready.pipe(Layer.provide(WorkerLive))).pipe(
-    Effect.provideService(References.MinimumLogLevel, process.env["LOG"] === "debug" ? "Debug" : "Info")
-  ),
-  { teardown: Worker.teardown }
+const Main = Layer.launch(Ready.pipe(Layer.provide(WorkerLive))).pipe(
+  Effect.provideService(References.MinimumLogLevel, process.env["LOG"] === "debug" ? "Debug" : "Info")
 )
+if (isHidden) Worker.runMain(Main)
+else NodeRuntime.runMain(Main, { teardown: Worker.teardown })

@@ -8,6 +8,7 @@ import { JobQueue, type JobQueueError } from "../../src/index.ts"
 import type * as Queue from "../../src/JobQueue.ts"
 import * as Store from "../../src/Store.ts"
 import { clientLayer, makeDatabase, TestDatabase } from "./database.ts"
+import { hidden } from "./hidden.ts"
 import { createLedger, Ledger } from "./ledger.ts"
 import { assertInPlace, assertInPlaceButKeys, schema, Storage } from "./storage.ts"
 
@@ -49,12 +50,7 @@ export const pollingClient = (
 ): Layer.Layer<SqlClient.SqlClient, SqlError.SqlError, TestDatabase> =>
   Layer.effect(
     SqlClient.SqlClient,
-    Effect.map(PgClient.PgClient, (client) =>
-      // Sound: it lacks nothing that a `SqlClient` has.
-      new Proxy(client, {
-        has: (target, key) => key !== PgClient.TypeId && key in target,
-        get: (target, key) => key === PgClient.TypeId || key === "config" ? undefined : Reflect.get(target, key)
-      }) as SqlClient.SqlClient)
+    Effect.map(PgClient.PgClient, hidden)
   ).pipe(Layer.provide(clientLayer({ applicationName: "polling", ...pool })))
 
 /** One more queue on the {@link TestDatabase} that works by polling alone. */
