@@ -414,24 +414,31 @@ export const isTransient = (error: unknown): boolean => {
     isProtection(state, error.reason)
 }
 
+/** What is refused whatever the rows are: a login (28), a database (3D), a schema (3F), the protocol (08). */
+const ofNoRow = /^(28|3D|3F|08)/
+
 /**
  * Returns `true` when a statement is not taken as it is, now or later. One row of it may be why, and a smaller one without
  * that goes through: somebody's trigger says no with any code there is, or has a mistake in it.
  */
-export const isRefusal = (error: unknown): error is SqlError => isSqlError(error) && !isTransient(error)
+export const isRefusal = (error: unknown): boolean => {
+  if (!isSqlError(error) || isTransient(error)) return false
+  const state = sqlState(error)
+  return state === undefined ? error.reason._tag === "UnknownError" : !ofNoRow.test(state)
+}
 
 /**
- * Returns `true` when it is a row that is refused: by its values, or by somebody's view (44) or trigger (38, P0).
+ * How many refusals in a row may be those of single rows: among a thousand, halving finds one in ten. More, without anything
+ * that goes through, are of everything.
  */
-export const isDataFault = (error: unknown): boolean =>
-  isUnstorable(error) || (isRefusal(error) && /^(38|44|P0)/.test(sqlState(error) ?? ""))
+export const mostRefusals = 30
 
 /**
  * Returns `true` when the values of a statement are at fault, so that the same statement without them would succeed:
  * bad data (22), a constraint (23), something too large (54), or what the driver could not encode.
  */
 export const isUnstorable = (error: unknown): boolean =>
-  isRefusal(error) && /^(22|23|54)/.test(sqlState(error) ?? (error.reason._tag === "UnknownError" ? "22" : ""))
+  isSqlError(error) && isRefusal(error) && /^(22|23|54|none)/.test(sqlState(error) ?? "none")
 
 /**
  * Returns `true` when a statement asked for more than the server gave it, and a smaller one may succeed: it took too long,
@@ -444,7 +451,7 @@ export const isTooMuch = (error: unknown): boolean =>
  * Returns `true` when an error means that a connection was lost, or never came to be.
  */
 export const isConnectionLoss = (error: unknown): boolean =>
-  isSqlError(error) && isTransient(error) && /^(08|57P|25006|58|53)/.test(sqlState(error) ?? "08")
+  isSqlError(error) && isTransient(error) && !isTooMuch(error) && /^(08|57P|25006|58|53)/.test(sqlState(error) ?? "08")
 
 /**
  * Returns `true` when the role of the client may not do this: nothing but a grant mends it.

@@ -50,7 +50,7 @@ interface Waiting {
   readonly job: Store.NewJob
   readonly resume: (result: Exit.Exit<Enqueued, SqlError>) => void
   /** Until when it waits out an outage, by the monotonic clock. */
-  readonly until: number
+  until: number
   /** It was answered, or its caller has gone. */
   over: boolean
 }
@@ -133,24 +133,31 @@ export const make = Effect.fnUntraced(function*(options: {
      * Sends a group. A bad neighbour fails alone, and whoever meets an id or a key in a transaction that has not ended
      * waits alone: in both cases the group is halved until it is found.
      */
-    const sendGroup = (group: ReadonlyArray<Waiting>): Effect.Effect<void> => {
+    const sendGroup = (
+      group: ReadonlyArray<Waiting>,
+      refusals = { left: Database.mostRefusals }
+    ): Effect.Effect<void> => {
       const jobs = group.map(({ job }) => job)
-      return persistently(send(jobs, patience), group[0]!.until).pipe(
-        Effect.matchEffect({
-          onSuccess: (sent) => succeed(group, jobs, sent),
-          onFailure: (error) => {
-            const locked = patience !== undefined && Database.isLockTimeout(error)
-            if (!locked && isPassing(error)) return giveUp(group, error)
-            if (!locked && !Database.isRefusal(error)) return fail(group, error)
-            if (group.length === 1) return locked ? waitApart(group[0]!) : fail(group, error)
-            const middle = group.length >> 1
-            return Effect.andThen(
-              sendGroup(group.slice(0, middle)),
-              Effect.suspend(() => sendGroup(group.slice(middle)))
-            )
-          }
-        })
-      )
+      return persistently(send(jobs, patience), group.reduce((least, { until }) => Math.min(least, until), Infinity))
+        .pipe(
+          Effect.matchEffect({
+            onSuccess: (sent) => {
+              refusals.left = Database.mostRefusals
+              return succeed(group, jobs, sent)
+            },
+            onFailure: (error) => {
+              const locked = patience !== undefined && Database.isLockTimeout(error)
+              if (!locked && isPassing(error)) return giveUp(group, error)
+              if (!locked && (!Database.isRefusal(error) || --refusals.left < 0)) return fail(group, error)
+              if (group.length === 1) return locked ? waitApart(group[0]!) : fail(group, error)
+              const middle = group.length >> 1
+              return Effect.andThen(
+                sendGroup(group.slice(0, middle), refusals),
+                Effect.suspend(() => sendGroup(group.slice(middle), refusals))
+              )
+            }
+          })
+        )
     }
 
     /**
@@ -162,7 +169,8 @@ export const make = Effect.fnUntraced(function*(options: {
         const at = now()
         const all = [...group, ...pending]
         pending = all.filter((one) => one.until > at)
-        return fail(all.filter((one) => one.until <= at), error)
+        // At most ten times a second: each of them may be about to be over when it is sent.
+        return Effect.andThen(fail(all.filter((one) => one.until <= at), error), Effect.sleep(100))
       })
 
     /** Waits for a stranger's transaction, apart from the others; who wants the same id or key waits for the outcome. */
@@ -185,7 +193,7 @@ export const make = Effect.fnUntraced(function*(options: {
       })
 
     const probe = (one: Waiting): Effect.Effect<void> =>
-      persistently(Semaphore.withPermit(probes, send([one.job], lonePatience)), now() + outage).pipe(
+      persistently(Semaphore.withPermit(probes, send([one.job], lonePatience))).pipe(
         Effect.retry({
           while: (error) => Database.isLockTimeout(error) && !one.over,
           schedule: Schedule.jittered(Schedule.spaced("20 millis"))
@@ -214,7 +222,10 @@ export const make = Effect.fnUntraced(function*(options: {
     })))
 
     const submit = (group: ReadonlyArray<Waiting>): void => {
-      for (const one of group) pending.push(one)
+      for (const one of group) {
+        one.until = now() + outage
+        pending.push(one)
+      }
       if (sending || group.length === 0) return
       sending = true
       start(sender)
@@ -223,7 +234,7 @@ export const make = Effect.fnUntraced(function*(options: {
     return (job: Store.NewJob): Effect.Effect<Enqueued, SqlError> =>
       Effect.callback((resume) => {
         if (closed) return resume(Effect.die(new Error("the layer of this JobQueue has been closed")))
-        const one: Waiting = { job, resume, until: now() + outage, over: false }
+        const one: Waiting = { job, resume, until: 0, over: false }
         submit([one])
         // Not sent yet: then it never is. Sent: the caller does not learn what became of it.
         return Effect.sync(() => {
@@ -251,8 +262,10 @@ export const make = Effect.fnUntraced(function*(options: {
       const refused = (error: SqlError) => Database.isLockTimeout(error) || Database.isFullOfNews(error)
       return Effect.catchIf(sent, refused, () => plainly(jobs, undefined))
     })
+  // Of a group that is sent again, in parts, because one of it has to wait, some may be in.
+  const known = new WeakMap<Store.NewJob, Enqueued>()
   const keyed: Send = (jobs, patience) =>
-    answered(UniqueKeys.insertKeyed(options.store, jobs, { inUserTransaction: false, patience }))
+    answered(UniqueKeys.insertKeyed(options.store, jobs, { inUserTransaction: false, patience, known }))
   // An id that was made here cannot be in a stranger's transaction; one that the caller chose can.
   const own = collect(alone, undefined)
   const given = collect(plainly, groupPatience)

@@ -10,9 +10,13 @@ import type { SqlError } from "effect/sql/SqlError"
 import * as Bounded from "./Bounded.ts"
 import * as Database from "./Database.ts"
 import * as Episode from "./Episode.ts"
+import * as Report from "./Report.ts"
 
 /** How many are written at once. */
 const page = 500
+
+/** How often at most it is said that ticks are refused, in milliseconds. */
+const complaints = 10_000
 
 /** A statement on a dead link never answers. */
 const bound = 15_000
@@ -26,7 +30,7 @@ const hasty = 20
 
 /** Writes some in one statement, which waits for a stranger's transaction so many milliseconds. */
 type Write<A, B> = (some: ReadonlyArray<A>, patience?: number) => Effect.Effect<ReadonlyArray<B>, SqlError>
-/** What becomes of one whose values are at fault. */
+/** What becomes of one whose values the database cannot store. */
 type OnFault<A> = (one: A, problem: string) => Effect.Effect<void, SqlError | Bounded.TimedOut>
 
 /**
@@ -35,7 +39,7 @@ type OnFault<A> = (one: A, problem: string) => Effect.Effect<void, SqlError | Bo
 export interface Beside<A> {
   /** Writes until it is interrupted. */
   readonly loop: Effect.Effect<never>
-  /** Whether this one is about to be written, or let alone for a while. */
+  /** Whether this one is about to be written, or is let alone for a while. */
   readonly has: (name: string) => boolean
   readonly add: (one: A) => void
 }
@@ -45,8 +49,9 @@ export interface Beside<A> {
  */
 export interface HeldUp {
   /**
-   * Writes schedules, together if possible: one that cannot be written stops, one whose key or id somebody has locked is left
-   * for later, and neither keeps the others from it. When many are locked, the rest go one by one, later.
+   * Writes schedules, together if possible: one that cannot be written stops, one that the database refuses for another
+   * reason, or whose key or id somebody has locked, is left for later, and none of them keeps the others from it. When many are
+   * locked, the rest go one by one, later.
    */
   readonly inParts: <A extends { readonly name: string }, B>(
     all: ReadonlyArray<A>,
@@ -54,6 +59,8 @@ export interface HeldUp {
     onFault: OnFault<A>,
     patience?: number
   ) => Effect.Effect<ReadonlyArray<B>, SqlError | Bounded.TimedOut>
+  /** Whether this one was refused a moment ago, and is let alone. */
+  readonly isRefused: (name: string) => boolean
   /**
    * Makes a loop for what goes beside, a page at a time. Those that were held up go one by one, when no other is there, so that
    * the others neither wait for them nor need be taken apart again.
@@ -76,18 +83,42 @@ export const make = ({ now, onLeft }: {
   /** Schedules whose key a stranger's transaction has taken, or may have, and until when they are let alone. */
   const held = new Map<string, number>()
   const isHeld = (name: string) => (held.get(name) ?? 0) > now()
+  /** Schedules whose ticks the database refuses, by somebody's trigger for instance, and until when they are let alone. */
+  const refused = new Map<string, number>()
+  const isRefused = (name: string) => {
+    const until = refused.get(name)
+    if (until === undefined || until > now()) return until !== undefined
+    refused.delete(name)
+    return false
+  }
+  /** When it was last said that one is refused. */
+  let complained = -Infinity
+  const refuse = (some: ReadonlyArray<{ readonly name: string }>, error: unknown) =>
+    Effect.suspend(() => {
+      for (const { name } of some) refused.set(name, now() + letAlone)
+      if (now() - complained < complaints) return Effect.succeed([])
+      complained = now()
+      return Effect.as(
+        Report.error(`the database refuses ticks of the schedule "${some[0]!.name}" (${Database.describe(error)})`),
+        []
+      )
+    })
 
   const parts = <A extends { readonly name: string }, B>(
     all: ReadonlyArray<A>,
     write: Write<A, B>,
     onFault: OnFault<A>,
-    splits: { left: number; patience: number | undefined }
+    splits: { left: number; patience: number | undefined; refusals: number }
   ): Effect.Effect<ReadonlyArray<B>, SqlError | Bounded.TimedOut> =>
     all.length === 0 ? Effect.succeed([]) : Effect.catchIf(
-      Bounded.bounded(write(all, splits.patience), bound),
-      (error) => Database.isDataFault(error) || Database.isLockTimeout(error),
+      Effect.tap(Bounded.bounded(write(all, splits.patience), bound), () =>
+        Effect.sync(() => {
+          splits.refusals = Database.mostRefusals
+        })),
+      (error: SqlError | Bounded.TimedOut) => Database.isRefusal(error) || Database.isLockTimeout(error),
       (error) => {
         const locked = Database.isLockTimeout(error)
+        if (!locked && --splits.refusals < 0) return refuse(all, error)
         if (all.length > 1 && (!locked || splits.left > 0)) {
           const half = all.length >> 1
           if (locked) {
@@ -100,7 +131,11 @@ export const make = ({ now, onLeft }: {
             (left, right) => [...left, ...right]
           )
         }
-        if (!locked) return Effect.as(onFault(all[0]!, Database.describe(error)), [])
+        if (!locked) {
+          return Database.isUnstorable(error)
+            ? Effect.as(onFault(all[0]!, Database.describe(error)), [])
+            : refuse(all, error)
+        }
         const until = now() + (all.length > 1 ? 0 : letAlone)
         for (const { name } of all) held.set(name, until)
         return Effect.succeed([])
@@ -143,7 +178,7 @@ export const make = ({ now, onLeft }: {
     )
     return {
       loop,
-      has: (name: string) => all.has(name) || isHeld(name),
+      has: (name: string) => all.has(name) || isHeld(name) || isRefused(name),
       add: (one: A) => {
         all.set(one.name, one)
         there.openUnsafe()
@@ -152,7 +187,9 @@ export const make = ({ now, onLeft }: {
   }
 
   return {
-    inParts: (all, write, onFault, patience) => parts(all, write, onFault, { left: mostSplits, patience }),
+    inParts: (all, write, onFault, patience) =>
+      parts(all, write, onFault, { left: mostSplits, patience, refusals: Database.mostRefusals }),
+    isRefused,
     beside
   }
 }

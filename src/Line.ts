@@ -21,7 +21,7 @@ const mostAhead = 500
 /** The most jobs of one claim, and the most that wait in the buffer. */
 const mostClaimed = 500
 
-/** A claim that took less than this, in milliseconds, could have brought twice as many. */
+/** A claim that took less than this, in milliseconds, could have brought some more. */
 const easily = 2000
 
 /** A sweep from the front at least this often, in milliseconds … */
@@ -134,7 +134,7 @@ export const claimed = (
     if (rows[i + 1]?.lane !== lane) line.cursors.set(lane, { lane, runAt, id })
   }
   const took = options.now - options.startedAt
-  if (took < easily) line.most = Math.min(mostClaimed, line.most * 2)
+  if (took < easily) line.most = Math.min(mostClaimed, line.most + Math.ceil(line.most / 8))
   // A single claim that was slow says nothing of the next one.
   line.ahead = Math.max(ahead, Math.min(took, line.took, mostAhead))
   line.took = took

@@ -528,7 +528,7 @@ export const start = Effect.fnUntraced(function*(options: {
     liveness.retire()
     // A handler that does not stop keeps its lease until the others see that this process is gone.
     const kept = runs.size + unsettled()
-    let answered = claiming === 0 && unsettled() === 0
+    let unanswered = claiming > 0 || allSettlers.some((settler) => settler.sending())
     if (kept > 0) {
       yield* Report.warning(
         `${runs.size} handlers did not stop, ${unsettled()} jobs could not be settled; they are rescued after the lease time`
@@ -536,10 +536,10 @@ export const start = Effect.fnUntraced(function*(options: {
     } else {
       // A lease whose statement was never answered is not to count as a loss.
       const gone = yield* Effect.exit(Bounded.bounded(store.leave(liveness.id()), Math.min(1000, spare())))
-      answered &&= Exit.isSuccess(gone)
+      unanswered ||= Exit.isFailure(gone) && Cause.squash(gone.cause) instanceof Bounded.TimedOut
     }
     // In pools of the queue's own what has no answer keeps nobody.
-    sayEnded([...runs].flatMap(({ fiber }) => fiber ?? []), !answered && options.database.connect === undefined)
+    sayEnded([...runs].flatMap(({ fiber }) => fiber ?? []), unanswered && options.database.connect === undefined)
   })
 
   const loop: Loop = {
@@ -552,12 +552,20 @@ export const start = Effect.fnUntraced(function*(options: {
           (startable <= 0 || (unparked && timekeeper.allDry() && liveness.alive()))
         // What the dead have left is due, too, and where nobody lives longer than this loop nobody else takes it back. That
         // takes a lease, in which it is found out that they are dead, and a sweep.
-        const until = now() + options.lease + 2 * options.rescueInterval + 1000
+        const patience = options.lease + 2 * options.rescueInterval + 1000
+        let since: number | undefined
         while (true) {
           while (!ended()) yield* Effect.sleep(5)
-          if (startable <= 0 || now() > until) return
+          if (startable <= 0 || (since !== undefined && now() - since > patience)) return
           const left = yield* Effect.orElseSucceed(Bounded.bounded(store.orphaned(), idleBound), () => 0)
-          if (left === 0) return
+          if (left > 0) since ??= now()
+          else if (since === undefined) return
+          else {
+            // What has been lost for the first time is due within 2 s, and then it is not the end.
+            since = undefined
+            yield* Effect.sleep(2100)
+            if (ended()) return
+          }
           yield* Effect.sleep(Math.min(1000, options.rescueInterval))
         }
       })

@@ -58,7 +58,8 @@ const make = (): Stop => {
       working++
       return (left, unanswered) => {
         working--
-        silent ||= unanswered
+        // An answer that was missed long before is not what the end waits for.
+        if (ending) silent ||= unanswered
         handlers += left.length
         for (const handler of left) handler.addObserver(() => handlers--)
         check()
@@ -104,8 +105,8 @@ export const teardown: Runtime.Teardown = (exit, onExit) =>
  *
  * When the program was told to stop and a handler did not, the process ends one second after its last worker has: such a
  * handler may hold a connection, its COMMIT on a dead link for one, and a pool waits for that without end. A `teardown` of
- * your own is given a defect then. So it does when, without a `PgClient`, the queue has a statement in the application's
- * pool that a silent database has not answered.
+ * your own is given a defect then. It also ends so, and as if it had stopped, when there is no `PgClient` and the queue has a
+ * statement in the application's pool that a silent database has not answered.
  *
  * **Gotchas**
  *

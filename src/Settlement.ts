@@ -1,5 +1,6 @@
 /**
- * The statements that take jobs out of their leases: settle with its short forms, release and rescue.
+ * The statements that take jobs out of their leases: settle with its short forms, release and rescue;
+ * and those that put them into leases of their own.
  *
  * They share one order of steps. Lock the leases in id order; keep the jobs that are still in their lease (that is the
  * fence); lock the job rows, skipping those that somebody else holds; decide everything from the locked rows; write by
@@ -375,7 +376,7 @@ export const statements = (s: string) => {
       where l.id > $2::uuid and not exists (select 1 from ${s}.worker w where w.id = l.worker)
       order by l.id limit $1::int4 for update of l skip locked`
   // Those that `rescue` would take, by name.
-  const lostNames = lostLeases("l.id::text as id")
+  const lostNames = lostLeases("l.id::text as id, cardinality(l.ids) as jobs")
   const orphaned =
     `select pg_catalog.count(*)::int4 as count from ${s}.lease l left join ${s}.worker w on w.id = l.worker
     where w.id is null or w.beat_at < pg_catalog.clock_timestamp() - w.lease_ms * interval '1 millisecond'`
@@ -411,6 +412,7 @@ export const statements = (s: string) => {
     )
     select alone from mine`
 
+  // One of the jobs keeps the others: the rescue of a lease is one statement.
   const scatter = `with lost as (
       delete from ${s}.lease where id = any (array(
         select l.id from ${s}.lease l where l.id = $1::uuid and cardinality(l.ids) > 1

@@ -50,6 +50,8 @@ export interface Settler {
   /** Entries that are not settled yet. */
   readonly size: () => number
   readonly full: () => boolean
+  /** Whether a statement has no answer yet. */
+  readonly sending: () => boolean
   /** Settles until it is interrupted. */
   readonly run: Effect.Effect<never>
   /** Waits until nothing is left to settle. */
@@ -74,6 +76,8 @@ export const make = (options: {
 }): Settler => {
   let waiting: Array<Settlement.Entry> = []
   let inFlight = 0
+  /** Statements that have no answer yet. */
+  let out = 0
   let full = false
   /** The most jobs of the next settle: fewer after one that did not come to an end in time. */
   let most = maxEntries
@@ -111,9 +115,16 @@ export const make = (options: {
     ].filter(({ length }) => length > 0)
 
   /** Sends a batch; when one is refused, halves it until that one is alone. */
-  const send = (entries: ReadonlyArray<Settlement.Entry>): Effect.Effect<void> =>
-    Effect.suspend(() => Bounded.bounded(options.store.settle(options.worker(), entries, options.now()), settleBound))
+  const send = (
+    entries: ReadonlyArray<Settlement.Entry>,
+    refusals = { left: Database.mostRefusals }
+  ): Effect.Effect<void> =>
+    Effect.suspend(() => {
+      out++
+      return Bounded.bounded(options.store.settle(options.worker(), entries, options.now()), settleBound)
+    })
       .pipe(
+        Effect.ensuring(Effect.sync(() => out--)),
         Effect.flatMap((answers) => {
           // Mostly there are none: what completed as asked is not answered.
           const found = answers.length === 0
@@ -126,15 +137,16 @@ export const make = (options: {
             else options.onSettled(entry, answer)
           }
           most = Math.min(maxEntries, most * 2)
+          refusals.left = Database.mostRefusals
           // Not to wait for somebody's open transaction together with the others.
           return Effect.andThen(episode.succeeded, busy.length === 0 ? Effect.void : later(busy, busyPause))
         }),
         Effect.catchCause((cause) => {
           const error = cause.reasons.find(Cause.isFailReason)?.error
-          if (Database.isRefusal(error)) {
+          if (isSqlError(error) && Database.isRefusal(error) && --refusals.left >= 0) {
             if (entries.length === 1) return refused(entries[0]!, error)
             const middle = entries.length >> 1
-            return Effect.andThen(send(entries.slice(0, middle)), send(entries.slice(middle)))
+            return Effect.andThen(send(entries.slice(0, middle), refusals), send(entries.slice(middle), refusals))
           }
           // Whatever else it is, it is not the jobs' fault. Sent again as it is, a settle that did get through finds
           // nothing left to change.
@@ -184,6 +196,7 @@ export const make = (options: {
     push,
     size: () => waiting.length + inFlight,
     full: () => full,
+    sending: () => out > 0,
     run: Effect.gen(function*() {
       yield* some.await
       const batch = waiting.splice(0, Database.fitting(waiting, most, textOf))
@@ -194,7 +207,9 @@ export const make = (options: {
       }
       inFlight += batch.length
       yield* Effect.ensuring(
-        Effect.forEach(batch.length < splitFrom ? [batch] : apart(batch), send, { discard: true }),
+        Effect.forEach(batch.length < splitFrom ? [batch] : apart(batch), (entries) => send(entries), {
+          discard: true
+        }),
         Effect.sync(() => {
           inFlight -= batch.length
           if (full && waiting.length + inFlight < backPressure / 2) {

@@ -386,9 +386,11 @@ export const make = (database: Database.Database, schema: string) => {
     rescue: (limit: number, after: string = Database.firstId): Effect.Effect<TakenBack, SqlError> =>
       Effect.map(rows(settlement.rescue, [limit, after]), takenBack),
 
-    /** The first lease that `rescue` would take. */
-    firstLost: (after: string = Database.firstId): Effect.Effect<string | undefined, SqlError> =>
-      Effect.map(rows<{ id: string }>(settlement.lostNames, [1, after]), ([lease]) => lease?.id),
+    /** The first lease that `rescue` would take, and how many jobs are in it. */
+    firstLost: (
+      after: string = Database.firstId
+    ): Effect.Effect<{ readonly id: string; readonly jobs: number } | undefined, SqlError> =>
+      Effect.map(rows<{ id: string; jobs: number }>(settlement.lostNames, [1, after]), ([lease]) => lease),
 
     /** How many leases there are whose worker is gone, or looks as if it were. */
     orphaned: (): Effect.Effect<number, SqlError> =>
@@ -396,7 +398,7 @@ export const make = (database: Database.Database, schema: string) => {
 
     /**
      * Gives each job of a lease whose worker is gone a lease of its own, and returns how many that were; none when it was
-     * the only one, or somebody has the lease locked.
+     * the only one, or somebody else has the lease by now.
      */
     scatter: (lease: string): Effect.Effect<number, SqlError> =>
       Effect.map(rows<{ count: number }>(settlement.scatter, [lease]), ([row]) => row!.count),

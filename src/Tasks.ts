@@ -107,21 +107,25 @@ export const rescueOnce = Effect.fnUntraced(function*(
   const leases = halving(batch)
   let jobs = 0
   let after: string | undefined
-  /** Leases that stay, and what is said of the first one. */
+  /** Jobs that cannot be taken back, and what is said of the first one. */
   let stuck = 0
   let why: string | undefined
   while (true) {
     const tried = yield* Effect.exit(leases((limit) => Bounded.bounded(store.rescue(limit, after), bound)))
     if (Exit.isFailure(tried)) {
       // What cannot be taken back must not keep the jobs of all others.
-      const refusal = tried.cause.reasons.filter(Cause.isFailReason).map(({ error }) => error).find(Database.isRefusal)
-      const lease = refusal !== undefined ? yield* Bounded.bounded(store.firstLost(after), bound) : undefined
+      const error = tried.cause.reasons.find(Cause.isFailReason)?.error
+      const isOfOne = Database.isRefusal(error) || Database.isTooMuch(error)
+      const lease = isOfOne ? yield* Bounded.bounded(store.firstLost(after), bound) : undefined
       if (lease === undefined) return yield* Effect.failCause(tried.cause)
-      // One of its jobs is why: the others come back without it.
-      if ((yield* Bounded.bounded(store.scatter(lease), bound)) > 0) continue
+      // One of its jobs is why, or their number: the others come back without it.
+      if (lease.jobs > 1) {
+        if ((yield* Bounded.bounded(store.scatter(lease.id), bound)) === 0) after = lease.id
+        continue
+      }
       stuck++
-      why ??= `${lease}: ${Database.describe(refusal)}`
-      after = lease
+      why ??= Database.describe(error)
+      after = lease.id
       continue
     }
     const { done: taken, full } = tried.value
@@ -132,7 +136,7 @@ export const rescueOnce = Effect.fnUntraced(function*(
     if (taken.leases < full || taken.last === null) break
     after = taken.last
   }
-  if (stuck > 0) yield* Report.error(`${stuck} leases cannot be taken back (${why})`)
+  if (stuck > 0) yield* Report.error(`${stuck} lost jobs cannot be taken back (${why})`)
   if (dead.length > 0 || jobs > 0) {
     yield* Report.info(`rescued ${jobs} jobs, ${dead.length} workers declared dead`)
   }

@@ -17,6 +17,8 @@ export interface Manner {
   readonly patience: number | undefined
   /** Ids that were made here have not been sent before. Outside the application's transaction only. */
   readonly fresh?: boolean
+  /** What has become of jobs that were sent before, where that failed for others. Outside the application's transaction only. */
+  readonly known?: WeakMap<Store.NewJob, Enqueued>
   /** What the insert of one such job announces. */
   readonly notification?: string | undefined
 }
@@ -54,12 +56,16 @@ export const freshFirst = <A>(
 export const insertKeyed = (
   store: Store.Store,
   jobs: ReadonlyArray<Store.NewJob>,
-  { inUserTransaction, patience }: Manner
-): Effect.Effect<ReadonlyArray<Enqueued>, SqlError> =>
-  Effect.gen(function*() {
-    const done = new Map<string, Enqueued>()
+  { inUserTransaction, known, patience }: Manner
+): Effect.Effect<ReadonlyArray<Enqueued>, SqlError> => {
+  const done = new Map<string, Enqueued>()
+  for (const job of jobs) {
+    const enqueued = known?.get(job)
+    if (enqueued !== undefined) done.set(job.id, enqueued)
+  }
+  return Effect.gen(function*() {
     let replayed = false
-    let open = jobs
+    let open = done.size === 0 ? jobs : jobs.filter((job) => !done.has(job.id))
     while (open.length > 0) {
       const inserted = yield* store.insertUnique(open, inUserTransaction, patience)
       for (const job of open) if (inserted.has(job.id)) done.set(job.id, enqueuedAs(job, true))
@@ -97,7 +103,16 @@ export const insertKeyed = (
       answered.add(job.id)
       return again ? enqueuedAs(job, false) : enqueued
     })
-  })
+  }).pipe(Effect.onError(() =>
+    Effect.sync(() => {
+      // Sent again they would meet themselves, or, if they have ended meanwhile and nothing is kept of them, run again.
+      for (const job of jobs) {
+        const enqueued = done.get(job.id)
+        if (enqueued !== undefined) known?.set(job, enqueued)
+      }
+    })
+  ))
+}
 
 /**
  * Sorts jobs by the hash of their keys, as the statements do inside: two bulks of several statements cannot deadlock.

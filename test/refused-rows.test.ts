@@ -33,7 +33,8 @@ const ways = [
   ["may not do what it does", "raise exception 'refused' using errcode = '42501';"]
 ] as const
 
-describe("a trigger that refuses one row and", () => {
+// Together: they wait for what is refused to be tried again.
+describe.concurrent("a trigger that refuses one row and", () => {
   for (const [what, body] of ways) {
     it.live(`${what} keeps no other job from its end, and this one keeps its result until it is let in`, () =>
       withQueue(Effect.gen(function*() {
@@ -63,21 +64,54 @@ describe("a trigger that refuses one row and", () => {
       })))
   }
 
-  it.live("raises an exception stops one schedule, and the others go on", () =>
+  for (const [what, body] of ways) {
+    it.live(`${what} keeps no other schedule from its ticks, and this one goes on when it is let in`, () =>
+      withQueue(Effect.gen(function*() {
+        class Good extends Job.make("good") {}
+        class Bad extends Job.make("bad") {}
+        yield* refusing("job", "new.kind = 'bad'", body)
+        yield* running(
+          CronScheduler.layer([
+            CronScheduler.make("good", { every: "1 second", job: Good }),
+            CronScheduler.make("bad", { every: "1 second", job: Bad })
+          ]).pipe(Layer.provide(queueLayer()))
+        )
+        yield* untilValue("select count(*) >= 3 from pgqueue.job where kind = 'good'", true)
+        yield* rows("drop trigger refuse on pgqueue.job")
+        yield* untilValue("select count(*) >= 2 from pgqueue.job where kind = 'bad'", true)
+        yield* assertRows("select name from pgqueue.schedule where problem is not null", [])
+      })))
+  }
+})
+
+describe("a trigger that refuses every row", () => {
+  it.live("is asked no more often than is needed to find one among others", () =>
     withQueue(Effect.gen(function*() {
-      class Good extends Job.make("good") {}
-      class Bad extends Job.make("bad") {}
-      yield* refusing("job", "new.kind = 'bad'", "raise exception 'refused';")
-      yield* running(
-        CronScheduler.layer([
-          CronScheduler.make("good", { every: "1 second", job: Good }),
-          CronScheduler.make("bad", { every: "1 second", job: Bad })
-        ]).pipe(Layer.provide(queueLayer()))
-      )
-      yield* untilValue("select count(*) >= 3 from pgqueue.job where kind = 'good'", true)
-      yield* assertRows("select name, problem is not null as stopped from pgqueue.schedule order by name", [
-        { name: "bad", stopped: true },
-        { name: "good", stopped: false }
+      yield* rows("create sequence public.tries")
+      yield* rows(`create function public.refuse() returns trigger language plpgsql as
+        $$ begin perform nextval('public.tries'); raise exception 'closed'; end $$`)
+      for (const table of ["job", "finished"]) {
+        yield* rows(
+          `create trigger refuse before insert on pgqueue.${table} for each statement execute function public.refuse()`
+        )
+      }
+      const tries = value("select last_value::int from public.tries")
+      const exits = yield* Effect.forEach(numbers(1000), (payload) => Effect.exit(Answer.enqueue(payload)), {
+        concurrency: "unbounded"
+      })
+      assert.isTrue(exits.every(Exit.isFailure))
+      assert.isBelow(yield* tries, 200)
+      yield* rows("drop trigger refuse on pgqueue.job")
+      yield* Answer.enqueueAll(numbers(500))
+      yield* rows("select setval('public.tries', 1)")
+      yield* running(Worker.layer({ jobs: [Answer], concurrency: 500 }).pipe(Layer.provide(AnswerHandler)))
+      yield* untilValue("select last_value > 1 from public.tries", true)
+      yield* Effect.sleep(5000)
+      assert.isBelow(yield* tries, 600)
+      yield* rows("drop trigger refuse on pgqueue.finished")
+      yield* untilAllEnded({ within: 20_000 })
+      yield* assertRows("select status, attempt::int, count(*)::int as count from pgqueue.finished group by 1, 2", [
+        { status: "completed", attempt: 1, count: 500 }
       ])
     })))
 })

@@ -914,7 +914,7 @@ layer(Layer.provideMerge(JobQueue.layer(), Storage.layer), { excludeTestServices
       const error = yield* unchanged(
         Effect.flip(store.progress(held.lease, held.ids[0]!, text(Migrations.maxProgressBytes + 1)))
       )
-      assert.isTrue(Database.isDataFault(error))
+      assert.isTrue(Database.isUnstorable(error))
       yield* store.progress(held.lease, held.ids[0]!, text(Migrations.maxProgressBytes))
     }))
   )

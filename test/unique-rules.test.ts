@@ -238,8 +238,12 @@ describe("until", () => {
           })))
           yield* Deferred.await(locked)
           const enqueue = Sync.enqueue({ n: 2 }, rule)
+          // In one statement with it, which is sent again without it.
+          const id = crypto.randomUUID()
+          const neighbour = yield* Effect.forkScoped(Sync.enqueue({ n: 4 }, { unique: "free", id }))
           const waits = yield* Effect.forkScoped(inside ? sql.withTransaction(enqueue) : enqueue)
           // Neither the neighbours nor the server have anything of it.
+          assert.strictEqual((yield* Fiber.join(neighbour)).status, "inserted")
           assert.strictEqual((yield* Sync.enqueue({ n: 3 }, { unique: "another" })).status, "inserted")
           yield* Effect.sleep(1000)
           assert.isAtMost(yield* value("select last_value::int from public.tries"), 30)

@@ -217,7 +217,7 @@ scenarios("the server", (scenario) => {
       const worker = yield* stage.worker("worker")
       const enqueue = (fails: number, millis = 1200) => Pay.enqueue({ key: crypto.randomUUID(), millis, fails })
       // A session that ends in the middle of a handler's transaction is a failed attempt.
-      yield* Effect.provideContext(enqueue(0, 5000), stage.services)
+      yield* Effect.provideContext(enqueue(0, 2500), stage.services)
       yield* until(
         "its session is lost",
         Effect.map(
