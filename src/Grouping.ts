@@ -133,31 +133,36 @@ export const make = Effect.fnUntraced(function*(options: {
      * Sends a group. A bad neighbour fails alone, and whoever meets an id or a key in a transaction that has not ended
      * waits alone: in both cases the group is halved until it is found.
      */
-    const sendGroup = (
+    const sendGroup = (group: ReadonlyArray<Waiting>): Effect.Effect<void> =>
+      sendPart(group, { left: Database.mostRefusals, isSpread: false })
+
+    const sendPart = (
       group: ReadonlyArray<Waiting>,
-      refusals = { left: Database.mostRefusals }
+      refusals: { left: number; isSpread: boolean }
     ): Effect.Effect<void> => {
       const jobs = group.map(({ job }) => job)
-      return persistently(send(jobs, patience), group.reduce((least, { until }) => Math.min(least, until), Infinity))
-        .pipe(
-          Effect.matchEffect({
-            onSuccess: (sent) => {
-              refusals.left = Database.mostRefusals
-              return succeed(group, jobs, sent)
-            },
-            onFailure: (error) => {
-              const locked = patience !== undefined && Database.isLockTimeout(error)
-              if (!locked && isPassing(error)) return giveUp(group, error)
-              if (!locked && (!Database.isRefusal(error) || --refusals.left < 0)) return fail(group, error)
-              if (group.length === 1) return locked ? waitApart(group[0]!) : fail(group, error)
-              const middle = group.length >> 1
-              return Effect.andThen(
-                sendGroup(group.slice(0, middle), refusals),
-                Effect.suspend(() => sendGroup(group.slice(middle), refusals))
-              )
-            }
-          })
-        )
+      const until = group.reduce((least, one) => Math.min(least, one.until), Infinity)
+      return persistently(send(jobs, patience), until).pipe(
+        Effect.matchEffect({
+          onSuccess: (sent) => {
+            refusals.left = Database.mostRefusals
+            return succeed(group, jobs, sent)
+          },
+          onFailure: (error) => {
+            const locked = patience !== undefined && Database.isLockTimeout(error)
+            if (!locked && isPassing(error)) return giveUp(group, error)
+            if (!locked && (!Database.isRefusal(error) || --refusals.left < 0)) return fail(group, error)
+            if (group.length === 1) return locked ? waitApart(group[0]!) : fail(group, error)
+            const all = locked || refusals.isSpread ? group : Database.spread(group)
+            refusals.isSpread ||= !locked
+            const middle = all.length >> 1
+            return Effect.andThen(
+              sendPart(all.slice(0, middle), refusals),
+              Effect.suspend(() => sendPart(all.slice(middle), refusals))
+            )
+          }
+        })
+      )
     }
 
     /**

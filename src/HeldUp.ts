@@ -15,8 +15,10 @@ import * as Report from "./Report.ts"
 /** How many are written at once. */
 const page = 500
 
-/** How often at most it is said that ticks are refused, in milliseconds. */
-const complaints = 10_000
+/** How long a schedule is let alone whose tick the database refuses, in milliseconds: those that are due with it go first. */
+const refusedFor = 10_000
+/** The same for those that could not be told from it. */
+const suspectedFor = 1000
 
 /** A statement on a dead link never answers. */
 const bound = 15_000
@@ -59,8 +61,6 @@ export interface HeldUp {
     onFault: OnFault<A>,
     patience?: number
   ) => Effect.Effect<ReadonlyArray<B>, SqlError | Bounded.TimedOut>
-  /** Whether this one was refused a moment ago, and is let alone. */
-  readonly isRefused: (name: string) => boolean
   /**
    * Makes a loop for what goes beside, a page at a time. Those that were held up go one by one, when no other is there, so that
    * the others neither wait for them nor need be taken apart again.
@@ -95,8 +95,8 @@ export const make = ({ now, onLeft }: {
   let complained = -Infinity
   const refuse = (some: ReadonlyArray<{ readonly name: string }>, error: unknown) =>
     Effect.suspend(() => {
-      for (const { name } of some) refused.set(name, now() + letAlone)
-      if (now() - complained < complaints) return Effect.succeed([])
+      for (const { name } of some) refused.set(name, now() + (some.length > 1 ? suspectedFor : refusedFor))
+      if (now() - complained < refusedFor) return Effect.succeed([])
       complained = now()
       return Effect.as(
         Report.error(`the database refuses ticks of the schedule "${some[0]!.name}" (${Database.describe(error)})`),
@@ -108,7 +108,7 @@ export const make = ({ now, onLeft }: {
     all: ReadonlyArray<A>,
     write: Write<A, B>,
     onFault: OnFault<A>,
-    splits: { left: number; patience: number | undefined; refusals: number }
+    splits: { left: number; patience: number | undefined; refusals: number; isSpread: boolean }
   ): Effect.Effect<ReadonlyArray<B>, SqlError | Bounded.TimedOut> =>
     all.length === 0 ? Effect.succeed([]) : Effect.catchIf(
       Effect.tap(Bounded.bounded(write(all, splits.patience), bound), () =>
@@ -120,14 +120,15 @@ export const make = ({ now, onLeft }: {
         const locked = Database.isLockTimeout(error)
         if (!locked && --splits.refusals < 0) return refuse(all, error)
         if (all.length > 1 && (!locked || splits.left > 0)) {
-          const half = all.length >> 1
+          const some = locked || splits.isSpread ? all : Database.spread(all)
+          const half = some.length >> 1
           if (locked) {
             splits.left--
             splits.patience = hasty
-          }
+          } else splits.isSpread = true
           return Effect.zipWith(
-            parts(all.slice(0, half), write, onFault, splits),
-            parts(all.slice(half), write, onFault, splits),
+            parts(some.slice(0, half), write, onFault, splits),
+            parts(some.slice(half), write, onFault, splits),
             (left, right) => [...left, ...right]
           )
         }
@@ -188,8 +189,7 @@ export const make = ({ now, onLeft }: {
 
   return {
     inParts: (all, write, onFault, patience) =>
-      parts(all, write, onFault, { left: mostSplits, patience, refusals: Database.mostRefusals }),
-    isRefused,
+      parts(all, write, onFault, { left: mostSplits, patience, refusals: Database.mostRefusals, isSpread: false }),
     beside
   }
 }

@@ -8,7 +8,6 @@ import * as Clock from "effect/Clock"
 import type * as Context from "effect/Context"
 import * as Deferred from "effect/Deferred"
 import * as Effect from "effect/Effect"
-import * as Exit from "effect/Exit"
 import * as Latch from "effect/Latch"
 import * as Schedule from "effect/Schedule"
 import { isSqlError, type SqlError } from "effect/sql/SqlError"
@@ -512,6 +511,11 @@ export const start = Effect.fnUntraced(function*(options: {
   })
 
   const sayEnded = stop.begin()
+  let leaving = false
+  // In pools of the queue's own what has no answer keeps nobody.
+  const isUnanswered = () =>
+    options.database.connect === undefined &&
+    (leaving || claiming > 0 || allSettlers.some((settler) => settler.sending()))
   const drain = Effect.gen(function*() {
     stopping = true
     // A handler may have told the worker to stop: first let it come to where it waits, and its fork return.
@@ -528,18 +532,21 @@ export const start = Effect.fnUntraced(function*(options: {
     liveness.retire()
     // A handler that does not stop keeps its lease until the others see that this process is gone.
     const kept = runs.size + unsettled()
-    let unanswered = claiming > 0 || allSettlers.some((settler) => settler.sending())
     if (kept > 0) {
       yield* Report.warning(
         `${runs.size} handlers did not stop, ${unsettled()} jobs could not be settled; they are rescued after the lease time`
       )
     } else {
       // A lease whose statement was never answered is not to count as a loss.
-      const gone = yield* Effect.exit(Bounded.bounded(store.leave(liveness.id()), Math.min(1000, spare())))
-      unanswered ||= Exit.isFailure(gone) && Cause.squash(gone.cause) instanceof Bounded.TimedOut
+      const leave = Effect.suspend(() => {
+        leaving = true
+        return store.leave(liveness.id())
+      }).pipe(Effect.ensuring(Effect.sync(() => {
+        leaving = false
+      })))
+      yield* Effect.ignoreCause(Bounded.bounded(leave, Math.min(1000, spare())))
     }
-    // In pools of the queue's own what has no answer keeps nobody.
-    sayEnded([...runs].flatMap(({ fiber }) => fiber ?? []), unanswered && options.database.connect === undefined)
+    sayEnded([...runs].flatMap(({ fiber }) => fiber ?? []), isUnanswered)
   })
 
   const loop: Loop = {
@@ -553,20 +560,24 @@ export const start = Effect.fnUntraced(function*(options: {
         // What the dead have left is due, too, and where nobody lives longer than this loop nobody else takes it back. That
         // takes a lease, in which it is found out that they are dead, and a sweep.
         const patience = options.lease + 2 * options.rescueInterval + 1000
+        const orphaned = Effect.orElseSucceed(Bounded.bounded(store.orphaned(), idleBound), () => 0)
+        let some = (yield* orphaned) > 0
         let since: number | undefined
         while (true) {
           while (!ended()) yield* Effect.sleep(5)
-          if (startable <= 0 || (since !== undefined && now() - since > patience)) return
-          const left = yield* Effect.orElseSucceed(Bounded.bounded(store.orphaned(), idleBound), () => 0)
-          if (left > 0) since ??= now()
-          else if (since === undefined) return
-          else {
-            // What has been lost for the first time is due within 2 s, and then it is not the end.
+          if (startable <= 0) return
+          if ((yield* orphaned) > 0) {
+            some = true
+            since ??= now()
+            if (now() - since > patience) return
+            yield* Effect.sleep(Math.min(1000, options.rescueInterval))
+          } else if (some) {
+            // What was lost for the first time is due within 2 s, whoever has taken it back.
+            some = false
             since = undefined
             yield* Effect.sleep(2100)
-            if (ended()) return
-          }
-          yield* Effect.sleep(Math.min(1000, options.rescueInterval))
+            for (const line of lines) timekeeper.due(line.queue, 0)
+          } else return
         }
       })
     ),

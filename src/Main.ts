@@ -29,37 +29,40 @@ export interface Stop {
   /** The process was told to end. A worker alone may end, or fail, and whatever else there is goes on. */
   readonly end: () => void
   /**
-   * A worker begins. The returned function is for its end: the handlers that have not stopped, and whether it leaves a
-   * statement behind in a pool of the application.
+   * A worker begins. The returned function is for its end: the handlers that have not stopped, and whether a statement
+   * that it leaves behind in a pool of the application has no answer yet.
    */
-  readonly begin: () => (left: ReadonlyArray<Fiber.Fiber<unknown, unknown>>, unanswered: boolean) => void
+  readonly begin: () => (left: ReadonlyArray<Fiber.Fiber<unknown, unknown>>, isSilent: () => boolean) => void
 }
 
 const make = (): Stop => {
   const stuck = Latch.makeUnsafe(false)
   let working = 0
   let handlers = 0
-  let silent = false
+  let silent: ReadonlyArray<() => boolean> = []
+  const isSilent = () => {
+    silent = silent.filter((one) => one())
+    return silent.length > 0
+  }
   let ending = false
   const check = () => {
     // Workers that have not ended have a grace period of their own.
-    if (ending && working === 0 && (handlers > 0 || silent)) stuck.openUnsafe()
+    if (ending && working === 0 && (handlers > 0 || isSilent())) stuck.openUnsafe()
   }
   return {
     urgent: Latch.makeUnsafe(false),
     stuck,
     isStuck: () => handlers > 0,
-    isSilent: () => silent,
+    isSilent,
     end: () => {
       ending = true
       check()
     },
     begin: () => {
       working++
-      return (left, unanswered) => {
+      return (left, isUnanswered) => {
         working--
-        // An answer that was missed long before is not what the end waits for.
-        if (ending) silent ||= unanswered
+        if (isUnanswered()) silent = [...silent, isUnanswered]
         handlers += left.length
         for (const handler of left) handler.addObserver(() => handlers--)
         check()

@@ -114,51 +114,76 @@ export const make = (options: {
       entries.filter(({ verb }) => verb !== "completed")
     ].filter(({ length }) => length > 0)
 
+  /** What was tried of a batch that was refused, in parts. */
+  interface Parts {
+    /** How many refusals in a row are taken for those of single jobs. */
+    left: number
+    /** What is not to be tried now, and why. */
+    readonly rest: Array<Settlement.Entry>
+    cause: Cause.Cause<unknown> | undefined
+  }
+
   /** Sends a batch; when one is refused, halves it until that one is alone. */
-  const send = (
-    entries: ReadonlyArray<Settlement.Entry>,
-    refusals = { left: Database.mostRefusals }
-  ): Effect.Effect<void> =>
+  const send = (entries: ReadonlyArray<Settlement.Entry>): Effect.Effect<void> =>
     Effect.suspend(() => {
-      out++
-      return Bounded.bounded(options.store.settle(options.worker(), entries, options.now()), settleBound)
-    })
-      .pipe(
-        Effect.ensuring(Effect.sync(() => out--)),
-        Effect.flatMap((answers) => {
-          // Mostly there are none: what completed as asked is not answered.
-          const found = answers.length === 0
-            ? undefined
-            : new Map(answers.map((answer) => [Settlement.keyOf(answer), answer]))
-          const busy: Array<Settlement.Entry> = []
-          for (const entry of entries) {
-            const answer = found?.get(Settlement.keyOf(entry))
-            if (answer?.state === "busy") busy.push(entry)
-            else options.onSettled(entry, answer)
-          }
-          most = Math.min(maxEntries, most * 2)
-          refusals.left = Database.mostRefusals
-          // Not to wait for somebody's open transaction together with the others.
-          return Effect.andThen(episode.succeeded, busy.length === 0 ? Effect.void : later(busy, busyPause))
-        }),
-        Effect.catchCause((cause) => {
-          const error = cause.reasons.find(Cause.isFailReason)?.error
-          if (isSqlError(error) && Database.isRefusal(error) && --refusals.left >= 0) {
-            if (entries.length === 1) return refused(entries[0]!, error)
-            const middle = entries.length >> 1
-            return Effect.andThen(send(entries.slice(0, middle), refusals), send(entries.slice(middle), refusals))
-          }
-          // Whatever else it is, it is not the jobs' fault. Sent again as it is, a settle that did get through finds
-          // nothing left to change.
-          if (error instanceof Bounded.TimedOut || Database.isConnectionLoss(error)) options.onDoubt()
-          // What did not fit into the time, the memory or a message comes in smaller parts.
-          if (!isSqlError(error) || Database.isTooMuch(error)) {
-            most = Math.max(1, Math.min(most, entries.length) >> 1)
-          }
-          again(entries)
-          return Effect.andThen(episode.failed(cause), episode.rest)
+      const parts: Parts = { left: Database.mostRefusals, rest: [], cause: undefined }
+      return Effect.andThen(
+        sendPart(entries, parts, true),
+        Effect.suspend(() => {
+          if (parts.cause === undefined) return Effect.void
+          again(parts.rest)
+          return Effect.andThen(episode.failed(parts.cause), episode.rest)
         })
       )
+    })
+
+  const settle = (entries: ReadonlyArray<Settlement.Entry>) =>
+    Effect.suspend(() => {
+      out++
+      return options.store.settle(options.worker(), entries, options.now())
+    }).pipe(Effect.ensuring(Effect.sync(() => out--)))
+
+  const sendPart = (entries: ReadonlyArray<Settlement.Entry>, parts: Parts, whole: boolean): Effect.Effect<void> =>
+    Bounded.bounded(settle(entries), settleBound).pipe(
+      Effect.flatMap((answers) => {
+        // Mostly there are none: what completed as asked is not answered.
+        const found = answers.length === 0
+          ? undefined
+          : new Map(answers.map((answer) => [Settlement.keyOf(answer), answer]))
+        const busy: Array<Settlement.Entry> = []
+        for (const entry of entries) {
+          const answer = found?.get(Settlement.keyOf(entry))
+          if (answer?.state === "busy") busy.push(entry)
+          else options.onSettled(entry, answer)
+        }
+        most = Math.min(maxEntries, most * 2)
+        parts.left = Database.mostRefusals
+        // Not to wait for somebody's open transaction together with the others.
+        return Effect.andThen(episode.succeeded, busy.length === 0 ? Effect.void : later(busy, busyPause))
+      }),
+      Effect.catchCause((cause) => {
+        const error = cause.reasons.find(Cause.isFailReason)?.error
+        if (isSqlError(error) && Database.isRefusal(error) && --parts.left >= 0) {
+          if (entries.length === 1) return refused(entries[0]!, error)
+          const all = whole ? Database.spread(entries) : entries
+          const middle = all.length >> 1
+          return Effect.andThen(
+            sendPart(all.slice(0, middle), parts, false),
+            sendPart(all.slice(middle), parts, false)
+          )
+        }
+        // Whatever else it is, it is not the jobs' fault. Sent again as it is, a settle that did get through finds
+        // nothing left to change.
+        if (error instanceof Bounded.TimedOut || Database.isConnectionLoss(error)) options.onDoubt()
+        // What did not fit into the time, the memory or a message comes in smaller parts.
+        if (!isSqlError(error) || Database.isTooMuch(error)) {
+          most = Math.max(1, Math.min(most, entries.length) >> 1)
+        }
+        for (const entry of entries) parts.rest.push(entry)
+        parts.cause = cause
+        return Effect.void
+      })
+    )
 
   /** When it was last said that a job cannot be settled: a database may refuse thousands. */
   let complained = -Infinity

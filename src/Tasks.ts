@@ -27,6 +27,9 @@ import type * as Wakeup from "./Wakeup.ts"
 /** Leases taken back in one statement: a few thousand jobs at most, so that no statement holds its locks for long. */
 const batch = 10
 
+/** How many refusals a sweep goes by: it asks twice for each. */
+const mostRefusals = 500
+
 /** How many due jobs of each lane are looked at for kinds that nobody handles, and moved in one statement. */
 const front = 2000
 
@@ -109,6 +112,7 @@ export const rescueOnce = Effect.fnUntraced(function*(
   let after: string | undefined
   /** Jobs that cannot be taken back, and what is said of the first one. */
   let stuck = 0
+  let patience = mostRefusals
   let why: string | undefined
   while (true) {
     const tried = yield* Effect.exit(leases((limit) => Bounded.bounded(store.rescue(limit, after), bound)))
@@ -117,7 +121,7 @@ export const rescueOnce = Effect.fnUntraced(function*(
       const error = tried.cause.reasons.find(Cause.isFailReason)?.error
       const isOfOne = Database.isRefusal(error) || Database.isTooMuch(error)
       const lease = isOfOne ? yield* Bounded.bounded(store.firstLost(after), bound) : undefined
-      if (lease === undefined) return yield* Effect.failCause(tried.cause)
+      if (lease === undefined || --patience < 0) return yield* Effect.failCause(tried.cause)
       // One of its jobs is why, or their number: the others come back without it.
       if (lease.jobs > 1) {
         if ((yield* Bounded.bounded(store.scatter(lease.id), bound)) === 0) after = lease.id

@@ -204,7 +204,7 @@ export const make = Effect.fnUntraced(function*(options: {
     const plain: Array<Planned> = []
     let added = 0
     for (const row of rows) {
-      if (heldUp.isRefused(row.name) || late.has(row.name) || (row.keyed && keyed.has(row.name))) continue
+      if (late.has(row.name) || (row.keyed && keyed.has(row.name))) continue
       if (row.missed > 1 && Missed.isLate(row)) {
         late.add(row)
         added++

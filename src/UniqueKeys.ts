@@ -106,9 +106,14 @@ export const insertKeyed = (
   }).pipe(Effect.onError(() =>
     Effect.sync(() => {
       // Sent again they would meet themselves, or, if they have ended meanwhile and nothing is kept of them, run again.
+      const first = new Set<string>()
       for (const job of jobs) {
         const enqueued = done.get(job.id)
-        if (enqueued !== undefined) known?.set(job, enqueued)
+        if (enqueued === undefined) continue
+        // Of two jobs with one id the first went in.
+        const again = first.has(job.id) && enqueued.status === "inserted"
+        first.add(job.id)
+        known?.set(job, again ? enqueuedAs(job, false) : enqueued)
       }
     })
   ))
