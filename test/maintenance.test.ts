@@ -431,6 +431,7 @@ describe("a database clock that was moved", () => {
           )
         )
         yield* untilValue("select count(*)::int from pgqueue.ready", 0)
+        yield* untilValue("select count(*)::int from pgqueue.worker", 3)
         const workers = yield* rows("select id::text from pgqueue.worker order by id")
         const judged = (since: string) =>
           untilValue(`select count(*)::int from pgqueue.task where name = 'rescue' and ran_at > $1::timestamptz`, 1, {
