@@ -385,17 +385,17 @@ const networkCodes =
 /** What drivers say of one, in the words of each. */
 const outages = /closed|terminated|timed out|rolled back|not queryable|connection (ended|lost|reset|destroyed)|hang up/i
 
+const says = (cause: unknown, words: RegExp): boolean =>
+  Predicate.hasProperty(cause, "message") && words.test(String(cause.message))
+
 /** Whether an error without a SQLSTATE is one of the connection: not every client says so by the tag. */
-const isOutage = ({ message, reason }: SqlError): boolean => {
-  const { cause } = reason
-  return reason._tag === "ConnectionError" || outages.test(message) ||
-    (Predicate.hasProperty(cause, "code") && networkCodes.test(String(cause.code))) ||
-    (Predicate.hasProperty(cause, "message") && outages.test(String(cause.message)))
-}
+const isOutage = ({ message, reason: { _tag, cause } }: SqlError): boolean =>
+  _tag === "ConnectionError" || outages.test(message) || says(cause, outages) ||
+  (Predicate.hasProperty(cause, "code") && networkCodes.test(String(cause.code)))
 
 /** A server that protects itself from wraparound says 54000, as of something too large. */
-const isProtection = (state: string, { cause }: SqlError["reason"]): boolean =>
-  state === "54000" && Predicate.hasProperty(cause, "message") && /not accepting commands/.test(String(cause.message))
+const isProtection = (state: string, cause: unknown): boolean =>
+  state === "54000" && says(cause, /not accepting commands/)
 
 /**
  * Returns `true` when the same statement may succeed later: an outage, a restart, a lock, a conflict.
@@ -411,7 +411,7 @@ export const isTransient = (error: unknown): boolean => {
   if (state === "08P01") return isPoolerOutage(error.reason.cause)
   return state === alreadyEnded ||
     /^(08|40|53|58|57P|57014|55000|55P03|25006|25P0[234]|XX000|0A000|26000)/.test(state) ||
-    isProtection(state, error.reason)
+    isProtection(state, error.reason.cause)
 }
 
 /** What is refused whatever the rows are: a login (28), a database (3D), a schema (3F), the protocol (08). */
@@ -428,23 +428,14 @@ export const isRefusal = (error: unknown): boolean => {
 }
 
 /**
- * How many refusals in a row may be those of single rows, once these are spread: among a thousand, halving finds one in ten.
- * More, without anything that goes through, are of everything, or nearly.
- */
-export const mostRefusals = 60
-
-/** Spreads what stands together: rows that are refused for the same reason often do, and halving would find nothing else. */
-export const spread = <A>(all: ReadonlyArray<A>): ReadonlyArray<A> =>
-  all.map((one, index) => ({ one, at: index * 0.618_033_988_75 % 1 })).toSorted((a, b) => a.at - b.at).map(({ one }) =>
-    one
-  )
-
-/**
  * Returns `true` when the values of a statement are at fault, so that the same statement without them would succeed:
  * bad data (22), a constraint (23), something too large (54), or what the driver could not encode.
  */
-export const isUnstorable = (error: unknown): boolean =>
-  isSqlError(error) && isRefusal(error) && /^(22|23|54|none)/.test(sqlState(error) ?? "none")
+export const isUnstorable = (error: unknown): boolean => {
+  if (!isSqlError(error) || !isRefusal(error)) return false
+  const state = sqlState(error)
+  return state === undefined || /^(22|23|54)/.test(state)
+}
 
 /**
  * Returns `true` when a statement asked for more than the server gave it, and a smaller one may succeed: it took too long,

@@ -16,6 +16,7 @@ import type { SqlError } from "effect/sql/SqlError"
 import * as Bounded from "./Bounded.ts"
 import * as Database from "./Database.ts"
 import type { Enqueued } from "./Enqueue.ts"
+import * as Refusals from "./Refusals.ts"
 import type * as Store from "./Store.ts"
 import * as Turn from "./Turn.ts"
 import * as UniqueKeys from "./UniqueKeys.ts"
@@ -133,33 +134,22 @@ export const make = Effect.fnUntraced(function*(options: {
      * Sends a group. A bad neighbour fails alone, and whoever meets an id or a key in a transaction that has not ended
      * waits alone: in both cases the group is halved until it is found.
      */
-    const sendGroup = (group: ReadonlyArray<Waiting>): Effect.Effect<void> =>
-      sendPart(group, { left: Database.mostRefusals, isSpread: false })
-
-    const sendPart = (
-      group: ReadonlyArray<Waiting>,
-      refusals: { left: number; isSpread: boolean }
-    ): Effect.Effect<void> => {
+    const sendGroup = (group: ReadonlyArray<Waiting>, refusals = Refusals.make()): Effect.Effect<void> => {
       const jobs = group.map(({ job }) => job)
       const until = group.reduce((least, one) => Math.min(least, one.until), Infinity)
       return persistently(send(jobs, patience), until).pipe(
         Effect.matchEffect({
           onSuccess: (sent) => {
-            refusals.left = Database.mostRefusals
+            Refusals.passed(refusals)
             return succeed(group, jobs, sent)
           },
           onFailure: (error) => {
             const locked = patience !== undefined && Database.isLockTimeout(error)
             if (!locked && isPassing(error)) return giveUp(group, error)
-            if (!locked && (!Database.isRefusal(error) || --refusals.left < 0)) return fail(group, error)
+            if (!locked && (!Database.isRefusal(error) || !Refusals.isOfOne(refusals))) return fail(group, error)
             if (group.length === 1) return locked ? waitApart(group[0]!) : fail(group, error)
-            const all = locked || refusals.isSpread ? group : Database.spread(group)
-            refusals.isSpread ||= !locked
-            const middle = all.length >> 1
-            return Effect.andThen(
-              sendPart(all.slice(0, middle), refusals),
-              Effect.suspend(() => sendPart(all.slice(middle), refusals))
-            )
+            const [some, others] = locked ? Refusals.halved(group) : Refusals.halves(refusals, group)
+            return Effect.andThen(sendGroup(some, refusals), Effect.suspend(() => sendGroup(others, refusals)))
           }
         })
       )

@@ -10,6 +10,7 @@ import type { SqlError } from "effect/sql/SqlError"
 import * as Bounded from "./Bounded.ts"
 import * as Database from "./Database.ts"
 import * as Episode from "./Episode.ts"
+import * as Refusals from "./Refusals.ts"
 import * as Report from "./Report.ts"
 
 /** How many are written at once. */
@@ -85,12 +86,7 @@ export const make = ({ now, onLeft }: {
   const isHeld = (name: string) => (held.get(name) ?? 0) > now()
   /** Schedules whose ticks the database refuses, by somebody's trigger for instance, and until when they are let alone. */
   const refused = new Map<string, number>()
-  const isRefused = (name: string) => {
-    const until = refused.get(name)
-    if (until === undefined || until > now()) return until !== undefined
-    refused.delete(name)
-    return false
-  }
+  const isRefused = (name: string) => (refused.get(name) ?? 0) > now()
   /** When it was last said that one is refused. */
   let complained = -Infinity
   const refuse = (some: ReadonlyArray<{ readonly name: string }>, error: unknown) =>
@@ -108,27 +104,26 @@ export const make = ({ now, onLeft }: {
     all: ReadonlyArray<A>,
     write: Write<A, B>,
     onFault: OnFault<A>,
-    splits: { left: number; patience: number | undefined; refusals: number; isSpread: boolean }
+    splits: { left: number; patience: number | undefined; readonly refusals: Refusals.Refusals }
   ): Effect.Effect<ReadonlyArray<B>, SqlError | Bounded.TimedOut> =>
     all.length === 0 ? Effect.succeed([]) : Effect.catchIf(
-      Effect.tap(Bounded.bounded(write(all, splits.patience), bound), () =>
-        Effect.sync(() => {
-          splits.refusals = Database.mostRefusals
-        })),
+      Effect.tap(
+        Bounded.bounded(write(all, splits.patience), bound),
+        () => Effect.sync(() => Refusals.passed(splits.refusals))
+      ),
       (error: SqlError | Bounded.TimedOut) => Database.isRefusal(error) || Database.isLockTimeout(error),
       (error) => {
         const locked = Database.isLockTimeout(error)
-        if (!locked && --splits.refusals < 0) return refuse(all, error)
+        if (!locked && !Refusals.isOfOne(splits.refusals)) return refuse(all, error)
         if (all.length > 1 && (!locked || splits.left > 0)) {
-          const some = locked || splits.isSpread ? all : Database.spread(all)
-          const half = some.length >> 1
           if (locked) {
             splits.left--
             splits.patience = hasty
-          } else splits.isSpread = true
+          }
+          const [some, others] = locked ? Refusals.halved(all) : Refusals.halves(splits.refusals, all)
           return Effect.zipWith(
-            parts(some.slice(0, half), write, onFault, splits),
-            parts(some.slice(half), write, onFault, splits),
+            parts(some, write, onFault, splits),
+            parts(others, write, onFault, splits),
             (left, right) => [...left, ...right]
           )
         }
@@ -189,7 +184,7 @@ export const make = ({ now, onLeft }: {
 
   return {
     inParts: (all, write, onFault, patience) =>
-      parts(all, write, onFault, { left: mostSplits, patience, refusals: Database.mostRefusals, isSpread: false }),
+      parts(all, write, onFault, { left: mostSplits, patience, refusals: Refusals.make() }),
     beside
   }
 }

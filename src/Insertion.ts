@@ -63,8 +63,11 @@ const fields: ReadonlyArray<(job: NewJob) => string | number> = [
 /** The parameters of `insert`. */
 export const columnsOf = (jobs: ReadonlyArray<NewJob>, patience?: number): Array<unknown> => [
   ...fields.map((field) => jobs.map(field)),
-  patience === undefined ? "" : String(patience)
+  patienceOf(patience)
 ]
+
+/** The parameter of a wait for strangers, in milliseconds: empty without a limit. */
+export const patienceOf = (millis: number | undefined): string => millis === undefined ? "" : String(millis)
 
 /**
  * The parameters of `insertNew`, as short as they can be: for 1 000 jobs the driver took 4.6 ms over 13 full columns, and
@@ -112,6 +115,10 @@ const dueAt = (now: string, delay: string, runAt: string): string =>
   `greatest(${now}, case when ${runAt} = '' then ${now} + ${delay}::float8 * interval '1 millisecond'
     else timestamptz 'epoch' + nullif(${runAt}, '')::float8 * interval '1 millisecond' end)`
 
+/** Has the statement wait for a stranger's lock for so long and no longer, if there is a limit. */
+const patiently = (parameter: string): string =>
+  `case when ${parameter}::text <> '' then pg_catalog.set_config('lock_timeout', ${parameter}::text, true) end`
+
 /**
  * Builds the statements for one quoted schema.
  */
@@ -121,7 +128,7 @@ export const statements = (s: string) => {
   // The lock timeout is for the one wait there can be: another transaction that has taken an id or a key and not ended.
   const input = (extraColumns: string, keyed: boolean) =>
     `clock as materialized (
-      select pg_catalog.clock_timestamp() as now, case when $13::text <> '' then pg_catalog.set_config('lock_timeout', $13::text, true) end as patience
+      select pg_catalog.clock_timestamp() as now, ${patiently("$13")} as patience
     ),
     input as materialized (
       select ${
@@ -257,7 +264,7 @@ export const statements = (s: string) => {
   const expireKeys = `delete from ${s}.unique_key where key = any (array(
       select k.key from (
         select distinct ${s}.hash_key(i.kind, i.key) as key,
-          case when $3::text <> '' then pg_catalog.set_config('lock_timeout', $3::text, true) end as patience
+          ${patiently("$3")} as patience
         from unnest($1::text[], $2::text[]) as i(kind, key) order by 1
       ) i
       cross join lateral (

@@ -549,38 +549,38 @@ export const start = Effect.fnUntraced(function*(options: {
     sayEnded([...runs].flatMap(({ fiber }) => fiber ?? []), isUnanswered)
   })
 
+  const isOver = () =>
+    leases.all.size === 0 && unsettled() === 0 &&
+    (startable <= 0 || (unparked && timekeeper.allDry() && liveness.alive()))
+  const orphaned = Effect.orElseSucceed(Bounded.bounded(store.orphaned(), idleBound), () => 0)
+
+  // What the dead have left is due, too, and where nobody lives longer than this loop nobody else takes it back. That takes
+  // a lease, in which it is found out that they are dead, and a sweep.
+  const untilEmpty = Effect.gen(function*() {
+    const patience = options.lease + 2 * options.rescueInterval + 1000
+    let some = (yield* orphaned) > 0
+    let since: number | undefined
+    while (true) {
+      while (!isOver()) yield* Effect.sleep(5)
+      if (startable <= 0) return
+      if ((yield* orphaned) > 0) {
+        some = true
+        since ??= now()
+        if (now() - since > patience) return
+        yield* Effect.sleep(Math.min(1000, options.rescueInterval))
+      } else if (some) {
+        // What was lost for the first time is due within 2 s, whoever has taken it back.
+        some = false
+        since = undefined
+        yield* Effect.sleep(2100)
+        for (const line of lines) timekeeper.due(line.queue, 0)
+      } else return
+    }
+  })
+
   const loop: Loop = {
     drain,
-    idle: Effect.raceFirst(
-      Deferred.await(hopeless),
-      Effect.gen(function*() {
-        const ended = () =>
-          leases.all.size === 0 && unsettled() === 0 &&
-          (startable <= 0 || (unparked && timekeeper.allDry() && liveness.alive()))
-        // What the dead have left is due, too, and where nobody lives longer than this loop nobody else takes it back. That
-        // takes a lease, in which it is found out that they are dead, and a sweep.
-        const patience = options.lease + 2 * options.rescueInterval + 1000
-        const orphaned = Effect.orElseSucceed(Bounded.bounded(store.orphaned(), idleBound), () => 0)
-        let some = (yield* orphaned) > 0
-        let since: number | undefined
-        while (true) {
-          while (!ended()) yield* Effect.sleep(5)
-          if (startable <= 0) return
-          if ((yield* orphaned) > 0) {
-            some = true
-            since ??= now()
-            if (now() - since > patience) return
-            yield* Effect.sleep(Math.min(1000, options.rescueInterval))
-          } else if (some) {
-            // What was lost for the first time is due within 2 s, whoever has taken it back.
-            some = false
-            since = undefined
-            yield* Effect.sleep(2100)
-            for (const line of lines) timekeeper.due(line.queue, 0)
-          } else return
-        }
-      })
-    ),
+    idle: Effect.raceFirst(Deferred.await(hopeless), untilEmpty),
     counts: () => ({ ...counts })
   }
   return loop

@@ -11,6 +11,7 @@ import { isSqlError, type SqlError } from "effect/sql/SqlError"
 import * as Bounded from "./Bounded.ts"
 import * as Database from "./Database.ts"
 import type * as Episode from "./Episode.ts"
+import * as Refusals from "./Refusals.ts"
 import * as Report from "./Report.ts"
 import * as Settlement from "./Settlement.ts"
 import type * as Store from "./Store.ts"
@@ -116,8 +117,7 @@ export const make = (options: {
 
   /** What was tried of a batch that was refused, in parts. */
   interface Parts {
-    /** How many refusals in a row are taken for those of single jobs. */
-    left: number
+    readonly refusals: Refusals.Refusals
     /** What is not to be tried now, and why. */
     readonly rest: Array<Settlement.Entry>
     cause: Cause.Cause<unknown> | undefined
@@ -126,9 +126,9 @@ export const make = (options: {
   /** Sends a batch; when one is refused, halves it until that one is alone. */
   const send = (entries: ReadonlyArray<Settlement.Entry>): Effect.Effect<void> =>
     Effect.suspend(() => {
-      const parts: Parts = { left: Database.mostRefusals, rest: [], cause: undefined }
+      const parts: Parts = { refusals: Refusals.make(), rest: [], cause: undefined }
       return Effect.andThen(
-        sendPart(entries, parts, true),
+        sendPart(entries, parts),
         Effect.suspend(() => {
           if (parts.cause === undefined) return Effect.void
           again(parts.rest)
@@ -143,7 +143,7 @@ export const make = (options: {
       return options.store.settle(options.worker(), entries, options.now())
     }).pipe(Effect.ensuring(Effect.sync(() => out--)))
 
-  const sendPart = (entries: ReadonlyArray<Settlement.Entry>, parts: Parts, whole: boolean): Effect.Effect<void> =>
+  const sendPart = (entries: ReadonlyArray<Settlement.Entry>, parts: Parts): Effect.Effect<void> =>
     Bounded.bounded(settle(entries), settleBound).pipe(
       Effect.flatMap((answers) => {
         // Mostly there are none: what completed as asked is not answered.
@@ -157,20 +157,16 @@ export const make = (options: {
           else options.onSettled(entry, answer)
         }
         most = Math.min(maxEntries, most * 2)
-        parts.left = Database.mostRefusals
+        Refusals.passed(parts.refusals)
         // Not to wait for somebody's open transaction together with the others.
         return Effect.andThen(episode.succeeded, busy.length === 0 ? Effect.void : later(busy, busyPause))
       }),
       Effect.catchCause((cause) => {
         const error = cause.reasons.find(Cause.isFailReason)?.error
-        if (isSqlError(error) && Database.isRefusal(error) && --parts.left >= 0) {
+        if (isSqlError(error) && Database.isRefusal(error) && Refusals.isOfOne(parts.refusals)) {
           if (entries.length === 1) return refused(entries[0]!, error)
-          const all = whole ? Database.spread(entries) : entries
-          const middle = all.length >> 1
-          return Effect.andThen(
-            sendPart(all.slice(0, middle), parts, false),
-            sendPart(all.slice(middle), parts, false)
-          )
+          const [some, others] = Refusals.halves(parts.refusals, entries)
+          return Effect.andThen(sendPart(some, parts), sendPart(others, parts))
         }
         // Whatever else it is, it is not the jobs' fault. Sent again as it is, a settle that did get through finds
         // nothing left to change.

@@ -264,7 +264,7 @@ export const make = (database: Database.Database, schema: string) => {
       Effect.asVoid(run(inUserTransaction, insertion.expireKeys, [
         jobs.map((job) => job.kind),
         jobs.map((job) => job.unique!.key),
-        patience === undefined ? "" : String(patience)
+        Insertion.patienceOf(patience)
       ])),
 
     /**

@@ -95,28 +95,23 @@ export const insertKeyed = (
       open = [...again, ...expired]
     }
     if (replayed) yield* store.replayed(inUserTransaction)
-    const answered = new Set<string>()
-    return jobs.map((job) => {
-      const enqueued = done.get(job.id)!
-      // Of two jobs with one id the first went in.
-      const again = answered.has(job.id) && enqueued.status === "inserted"
-      answered.add(job.id)
-      return again ? enqueuedAs(job, false) : enqueued
-    })
+    return answersOf(jobs, done).map(([, enqueued]) => enqueued)
   }).pipe(Effect.onError(() =>
-    Effect.sync(() => {
-      // Sent again they would meet themselves, or, if they have ended meanwhile and nothing is kept of them, run again.
-      const first = new Set<string>()
-      for (const job of jobs) {
-        const enqueued = done.get(job.id)
-        if (enqueued === undefined) continue
-        // Of two jobs with one id the first went in.
-        const again = first.has(job.id) && enqueued.status === "inserted"
-        first.add(job.id)
-        known?.set(job, again ? enqueuedAs(job, false) : enqueued)
-      }
-    })
+    // Sent again they would meet themselves, or, if they have ended meanwhile and nothing is kept of them, run again.
+    Effect.sync(() => answersOf(jobs, done).forEach(([job, enqueued]) => known?.set(job, enqueued)))
   ))
+}
+
+/** What the jobs are told of which it is known. Of two jobs with one id the first went in. */
+const answersOf = (jobs: ReadonlyArray<Store.NewJob>, done: ReadonlyMap<string, Enqueued>) => {
+  const answered = new Set<string>()
+  return jobs.flatMap((job) => {
+    const enqueued = done.get(job.id)
+    if (enqueued === undefined) return []
+    const again = answered.has(job.id) && enqueued.status === "inserted"
+    answered.add(job.id)
+    return [[job, again ? enqueuedAs(job, false) : enqueued] as const]
+  })
 }
 
 /**

@@ -119,9 +119,9 @@ export const layer = <const J extends ReadonlyArray<Job.Any>, M extends Job.Midd
  * **Details**
  *
  * For cron hosts and serverless. Jobs that are due later are left in line. Those of workers that look dead are waited for,
- * and taken back once this one has been connected for a `lease`: nobody else may ever be. `completed` and `failed` count runs: a job
- * that fails and is due again at once is run again. It waits by the clock: under a `TestClock` that stands still it does not
- * end.
+ * and taken back once this one has been connected for a `lease`: nobody else may ever be. `completed` and `failed` count
+ * runs: a job that fails and is due again at once is run again. It waits by the clock: under a `TestClock` that stands still
+ * it does not end.
  *
  * Fails with `SqlError` when the database refuses the claims for good, or the role it logs in as may not work, and with
  * `JobQueueError` when an option does not fit, or when it is called inside a transaction.
