@@ -6,7 +6,7 @@ import { SqlClient } from "effect/sql"
 import * as Database from "../src/Database.ts"
 import { Job, Worker } from "../src/index.ts"
 import { clientLayer, ownServer } from "./support/database.ts"
-import { assertRows, rows, running, until, value, withQueue } from "./support/queue.ts"
+import { assertRows, counting, rows, running, until, value, withQueue } from "./support/queue.ts"
 
 class Note extends Job.make("note", { payload: { n: Schema.Int } }) {}
 
@@ -85,12 +85,7 @@ describe("an enqueue", () => {
              end $$`
           )
           yield* rows("create table public.strangers (n int)")
-          // A sequence counts what is rolled back, too.
-          yield* rows("create sequence public.tries")
-          yield* rows(
-            `create function counted() returns trigger language plpgsql as $$ begin perform nextval('public.tries'); return null; end $$`
-          )
-          yield* rows("create trigger counted before insert on pgqueue.job execute function counted()")
+          yield* counting("insert", "job")
           yield* rows("alter system set synchronous_standby_names = 'nobody'")
           yield* rows("select pg_reload_conf()")
           // Not all processes of the server have heard of it yet: again, until one waits.

@@ -5,24 +5,28 @@ import { Cause, Deferred, Effect, Exit, Fiber, Layer, Redacted, Schema } from "e
 import { SqlClient } from "effect/sql"
 import { Job, JobQueue } from "../src/index.ts"
 import { makeLink } from "./support/link.ts"
-import { allInPlace, databaseUrl, now, rows, untilValue, value, withPolling, withQueue } from "./support/queue.ts"
+import {
+  allInPlace,
+  databaseUrl,
+  now,
+  refusing,
+  rows,
+  stranger,
+  untilValue,
+  value,
+  withPolling,
+  withQueue
+} from "./support/queue.ts"
 
 class Note extends Job.make("note", { payload: { n: Schema.Int } }) {}
 class Keyed extends Job.make("keyed", { payload: { n: Schema.Int }, unique: ({ n }) => String(n) }) {}
+class Large extends Job.make("large", { payload: { text: Schema.String } }) {}
 
 const payloads = Array.from({ length: 2500 }, (_, n) => ({ n }))
 const inserted = value("select count(*)::int from pgqueue.job")
 
 /** Has the database refuse one of the jobs of the last statement. */
-const refuseOne = Effect.andThen(
-  rows(
-    `create function public.refuse() returns trigger language plpgsql as
-     $$ begin raise exception 'refused' using errcode = '22023'; end $$`
-  ),
-  rows(
-    `create trigger refuse before insert on pgqueue.job for each row when (new.payload ->> 'n' = '2400') execute function public.refuse()`
-  )
-)
+const refuseOne = refusing("job", "new.payload ->> 'n' = '2400'", "raise exception 'refused' using errcode = '22023';")
 
 const allOrNone = (job: typeof Note | typeof Keyed) =>
   Effect.gen(function*() {
@@ -46,7 +50,6 @@ for (const job of [Note, Keyed]) {
 describe("a bulk of large jobs", () => {
   it.live("is sent in several statements", () =>
     withQueue(Effect.gen(function*() {
-      class Large extends Job.make("large", { payload: { text: Schema.String } }) {}
       yield* rows("create table public.insertion (jobs int not null)")
       yield* rows(`create function public.counted() returns trigger language plpgsql as
         $$ begin insert into public.insertion select count(*) from added; return null; end $$`)
@@ -65,11 +68,7 @@ describe("a bulk in a transaction whose session is lost", () => {
   it.live("fails with that", () =>
     withQueue(Effect.gen(function*() {
       const sql = yield* SqlClient.SqlClient
-      const [held, go] = [yield* Deferred.make<void>(), yield* Deferred.make<void>()]
-      const stranger = yield* Effect.forkScoped(sql.withTransaction(
-        Effect.andThen(Keyed.enqueue({ n: 1 }), Effect.andThen(Deferred.succeed(held, undefined), Deferred.await(go)))
-      ))
-      yield* Deferred.await(held)
+      const held = yield* stranger(Keyed.enqueue({ n: 1 }))
       const ended = yield* Deferred.make<Exit.Exit<unknown, unknown>>()
       const waiting = yield* Effect.forkScoped(Effect.exit(sql.withTransaction(
         Effect.onExit(Keyed.enqueueAll([{ n: 1 }]), (exit) => Deferred.succeed(ended, exit))
@@ -83,8 +82,7 @@ describe("a bulk in a transaction whose session is lost", () => {
       yield* Fiber.join(waiting)
       const exit = yield* Deferred.await(ended)
       assert.isTrue(Exit.isFailure(exit) && exit.cause.reasons.every(Cause.isFailReason), String(exit))
-      yield* Deferred.succeed(go, undefined)
-      yield* Fiber.join(stranger)
+      yield* held.commit
     })))
 })
 
@@ -119,14 +117,7 @@ describe("bulks that wait for a stranger's transaction", () => {
     it.live(`leave connections to the others: ${count} with ${maxConnections} connections`, () =>
       withQueue(
         Effect.gen(function*() {
-          const sql = yield* SqlClient.SqlClient
-          const [taken, over] = [yield* Deferred.make<void>(), yield* Deferred.make<void>()]
-          const stranger = yield* Effect.forkScoped(sql.withTransaction(Effect.gen(function*() {
-            yield* Keyed.enqueueAll(payloads.slice(0, count))
-            yield* Deferred.succeed(taken, undefined)
-            yield* Deferred.await(over)
-          })))
-          yield* Deferred.await(taken)
+          const taken = yield* stranger(Keyed.enqueueAll(payloads.slice(0, count)))
           const waiting = yield* Effect.forEach(
             payloads.slice(0, count),
             (payload) => Effect.forkChild(Keyed.enqueueAll([payload]), { startImmediately: true })
@@ -140,8 +131,7 @@ describe("bulks that wait for a stranger's transaction", () => {
           yield* Note.enqueue({ n: 1 })
           yield* Note.enqueueAll([{ n: 2 }, { n: 3 }])
           assert.isBelow((yield* now) - begun, 3000)
-          yield* Deferred.succeed(over, undefined)
-          yield* Fiber.join(stranger)
+          yield* taken.commit
           const statuses = (yield* Effect.forEach(waiting, Fiber.join)).flat().map(({ status }) => status)
           assert.deepStrictEqual(statuses, statuses.map(() => "existing"))
           yield* allInPlace
@@ -150,8 +140,6 @@ describe("bulks that wait for a stranger's transaction", () => {
       ))
   }
 })
-
-class Large extends Job.make("large", { payload: { text: Schema.String } }) {}
 
 it.live("300 enqueues of 1 MB at once are all in", () =>
   withQueue(Effect.gen(function*() {

@@ -1,7 +1,7 @@
 /** An enqueue is answered: nobody waits for a dead link, a layer that has closed, or a stranger's transaction without need. */
 import { PgClient } from "@effect/sql-pg"
 import { assert, describe, it } from "@effect/vitest"
-import { Cause, Context, Deferred, Effect, Exit, Fiber, Layer, Option, Redacted, Schema, Scope } from "effect"
+import { Cause, Context, Effect, Exit, Fiber, Layer, Option, Redacted, Schema, Scope } from "effect"
 import { SqlClient } from "effect/sql"
 import { Job, JobQueue } from "../src/index.ts"
 import { clientLayer } from "./support/database.ts"
@@ -13,6 +13,7 @@ import {
   databaseWithLedger,
   queueLayer,
   rows,
+  stranger,
   untilValue,
   value,
   withQueue
@@ -32,21 +33,6 @@ const ended = <A, E>(fiber: Fiber.Fiber<A, E>, within = 10_000) =>
     Effect.timeoutOption(Fiber.await(fiber), within),
     Option.getOrThrowWith(() => new Error(`not answered within ${within} ms`))
   )
-
-/** Begins a transaction with an enqueue in it and keeps it open; returns how to end it. */
-const stranger = Effect.fnUntraced(function*<A, E, R>(enqueue: Effect.Effect<A, E, R>) {
-  const sql = yield* SqlClient.SqlClient
-  const held = yield* Deferred.make<void>()
-  const end = yield* Deferred.make<void>()
-  const fiber = yield* Effect.forkScoped(sql.withTransaction(
-    Effect.andThen(enqueue, Effect.andThen(Deferred.succeed(held, undefined), Deferred.await(end)))
-  ))
-  yield* Deferred.await(held)
-  return {
-    commit: Effect.andThen(Deferred.succeed(end, undefined), Fiber.join(fiber)),
-    rollback: Fiber.interrupt(fiber)
-  }
-})
 
 /** Waits until so many sessions wait for a lock. */
 const blocked = (count: number) =>

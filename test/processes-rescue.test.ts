@@ -1,6 +1,6 @@
 /** What a process leaves when it is killed: a whole lease, settlements that were not sent, a rescue that was half done. */
 import { assert, describe, it } from "@effect/vitest"
-import { Deferred, Effect, Fiber, Layer } from "effect"
+import { Deferred, Effect, Layer } from "effect"
 import { SqlClient } from "effect/sql"
 import { Job, Worker } from "../src/index.ts"
 import { Step } from "./programs/jobs.ts"
@@ -14,6 +14,7 @@ import {
   endedTwice,
   phases,
   running,
+  strangerDoes,
   until,
   untilAllEnded,
   untilValue,
@@ -92,16 +93,8 @@ describe("settlements that wait in a process that is killed", () => {
     withQueue(Effect.gen(function*() {
       const url = yield* databaseUrl
       yield* watchEnds
-      const sql = yield* SqlClient.SqlClient
       const { victim } = yield* startVictim(url, 20, () => 2500)
-      const locked = yield* Deferred.make<void>()
-      const gate = yield* Deferred.make<void>()
-      const stranger = yield* Effect.forkChild(sql.withTransaction(Effect.gen(function*() {
-        yield* sql`select id from pgqueue.job for update`
-        yield* Deferred.succeed(locked, undefined)
-        yield* Deferred.await(gate)
-      })))
-      yield* Deferred.await(locked)
+      const locked = yield* strangerDoes("select id from pgqueue.job for update")
       yield* untilValue("select count(*)::int from ledger where phase = 'end'", 20)
       // They were asked for and could not be had.
       yield* untilValue(
@@ -115,8 +108,7 @@ describe("settlements that wait in a process that is killed", () => {
         "select count(*)::int from pg_stat_activity where application_name = 'victim' and datname = current_database()",
         0
       )
-      yield* Deferred.succeed(gate, undefined)
-      yield* Fiber.join(stranger)
+      yield* locked.commit
       yield* assertRows("select id from pgqueue.finished", [])
       yield* startHeir(20)
       yield* untilAllEnded({ within: lease + sweep * 1.2 + 10_000 })
@@ -215,14 +207,7 @@ describe("a process that rescues", () => {
         yield* sql`create function public.pass() returns trigger language plpgsql as
         $$ begin perform 1 from public.gate for share; return new; end $$`
         yield* sql`create trigger pass before insert on pgqueue.attempt for each row execute function public.pass()`
-        const closed = yield* Deferred.make<void>()
-        const gate = yield* Deferred.make<void>()
-        const keeper = yield* Effect.forkChild(sql.withTransaction(Effect.gen(function*() {
-          yield* sql`select id from public.gate for update`
-          yield* Deferred.succeed(closed, undefined)
-          yield* Deferred.await(gate)
-        })))
-        yield* Deferred.await(closed)
+        const closed = yield* strangerDoes("select id from public.gate for update")
 
         const { victim } = yield* startVictim(url, 20, () => forever)
         const rescuer = yield* startWorker({ url, name: "rescuer", ...timing })
@@ -238,8 +223,7 @@ describe("a process that rescues", () => {
         // As the server does when it finds out that its client is gone.
         yield* value(`select count(pg_terminate_backend(pid))::int ${stuck}`)
         yield* untilValue(`select count(*)::int ${stuck}`, 0)
-        yield* Deferred.succeed(gate, undefined)
-        yield* Fiber.join(keeper)
+        yield* closed.commit
         yield* untilAllEnded({ within: 2 * sweep * 1.2 + 5000 })
         yield* assertLostOnce(20)
         assert.strictEqual(yield* phases("taken over"), 20)

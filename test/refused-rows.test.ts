@@ -6,6 +6,7 @@ import {
   allInPlace,
   assertRows,
   queueLayer,
+  refusing,
   rows,
   running,
   untilAllEnded,
@@ -18,14 +19,6 @@ class Answer extends Job.make("answer", { payload: { n: Schema.Finite }, success
 const AnswerHandler = Answer.toLayer(({ n }) => Effect.succeed(n))
 const numbers = (count: number) => Array.from({ length: count }, (_, n) => ({ n }))
 
-/** Raises an error with this code, or does what cannot be done, for the rows that are meant. */
-const refusing = (table: string, condition: string, body: string) =>
-  rows(`create function public.refuse() returns trigger language plpgsql as $$ begin
-      if ${condition} then ${body} end if;
-      return new;
-    end $$`).pipe(Effect.andThen(
-    rows(`create trigger refuse before insert on pgqueue.${table} for each row execute function public.refuse()`)
-  ))
 const ways = [
   ["raises an exception", "raise exception 'refused';"],
   ["has a code of its own", "raise exception 'refused' using errcode = 'ZZ123';"],

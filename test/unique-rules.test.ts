@@ -6,8 +6,10 @@ import { Job, JobQueue, Worker } from "../src/index.ts"
 import {
   allInPlace,
   allInPlaceButKeys,
+  counting,
   rows,
   running,
+  strangerDoes,
   untilAllEnded,
   untilValue,
   value,
@@ -196,6 +198,9 @@ describe("until", () => {
       yield* allInPlace
     })))
 
+  /** Has the period of every key be over. */
+  const overdue = rows("update pgqueue.unique_key set expires_at = clock_timestamp() - interval '1 second'")
+
   it.live("a period holds the key after the end, and lets it go when it is over", () =>
     withQueue(Effect.gen(function*() {
       yield* running(Worker.layer({ jobs: [Sync] }).pipe(Layer.provide(Sync.toLayer(() => Effect.void))))
@@ -203,21 +208,10 @@ describe("until", () => {
       const first = yield* Sync.enqueue({ n: 1 }, rule)
       yield* untilAllEnded()
       assert.deepStrictEqual(yield* Sync.enqueue({ n: 2 }, rule), { id: first.id, status: "existing" })
-      yield* rows("update pgqueue.unique_key set expires_at = clock_timestamp() - interval '1 second'")
+      yield* overdue
       assert.strictEqual((yield* Sync.enqueue({ n: 3 }, rule)).status, "inserted")
     })))
 
-  const overdue = rows("update pgqueue.unique_key set expires_at = clock_timestamp() - interval '1 second'")
-  const counted = Effect.andThen(
-    rows("create sequence public.tries"),
-    Effect.andThen(
-      rows(`create function public.counted() returns trigger language plpgsql as
-        $$ begin perform nextval('public.tries'); return null; end $$`),
-      rows(
-        "create trigger counted before delete on pgqueue.unique_key for each statement execute function public.counted()"
-      )
-    )
-  )
   for (const inside of [false, true]) {
     it.live(
       `a key whose period is over and that a stranger has locked is waited for${inside ? ", in a transaction" : ""}`,
@@ -229,14 +223,8 @@ describe("until", () => {
           yield* Sync.enqueue({ n: 1 }, rule)
           yield* untilAllEnded()
           yield* overdue
-          yield* counted
-          const [locked, go] = [yield* Deferred.make<void>(), yield* Deferred.make<void>()]
-          const stranger = yield* Effect.forkScoped(sql.withTransaction(Effect.gen(function*() {
-            yield* sql`select key from pgqueue.unique_key for update`
-            yield* Deferred.succeed(locked, undefined)
-            yield* Deferred.await(go)
-          })))
-          yield* Deferred.await(locked)
+          yield* counting("delete", "unique_key")
+          const locked = yield* strangerDoes("select key from pgqueue.unique_key for update")
           const enqueue = Sync.enqueue({ n: 2 }, rule)
           // In one statement with it, which is sent again without it.
           const id = crypto.randomUUID()
@@ -247,8 +235,7 @@ describe("until", () => {
           assert.strictEqual((yield* Sync.enqueue({ n: 3 }, { unique: "another" })).status, "inserted")
           yield* Effect.sleep(1000)
           assert.isAtMost(yield* value("select last_value::int from public.tries"), 30)
-          yield* Deferred.succeed(go, undefined)
-          yield* Fiber.join(stranger)
+          yield* locked.commit
           assert.strictEqual((yield* Fiber.join(waits)).status, "inserted")
         }))
     )

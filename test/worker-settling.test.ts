@@ -1,15 +1,16 @@
 /** How a job ends when the database, the policy or the codec of the result gets in the way. */
 import { assert, describe, it } from "@effect/vitest"
-import { Deferred, Effect, Fiber, Layer, Schedule, Schema, SchemaGetter } from "effect"
-import { SqlClient } from "effect/sql"
+import { Effect, Layer, Schedule, Schema, SchemaGetter } from "effect"
 import { Job, Worker } from "../src/index.ts"
 import { Ledger } from "./support/ledger.ts"
 import {
   allInPlace,
   assertRows,
   queueLayer,
+  refusing,
   rows,
   running,
+  strangerDoes,
   untilAllEnded,
   untilValue,
   value,
@@ -111,31 +112,18 @@ describe("a stranger that has the turn of the rescue locked", () => {
       yield* Note.enqueueAll(numbers(5))
       yield* abandon(1)
       yield* rows("insert into pgqueue.task (name) values ('rescue')")
-      const [locked, go] = [yield* Deferred.make<void>(), yield* Deferred.make<void>()]
-      const sql = yield* SqlClient.SqlClient
-      const stranger = yield* Effect.forkScoped(sql.withTransaction(Effect.gen(function*() {
-        yield* sql`select name from pgqueue.task for update`
-        yield* Deferred.succeed(locked, undefined)
-        yield* Deferred.await(go)
-      })))
-      yield* Deferred.await(locked)
+      const locked = yield* strangerDoes("select name from pgqueue.task for update")
       yield* running(
         Worker.layer({ jobs: [Note], ...watchful }).pipe(Layer.provide(NoteHandler), Layer.provide(queueLayer()))
       )
       yield* untilAllEnded({ within: 15_000 })
-      yield* Deferred.succeed(go, undefined)
-      yield* Fiber.join(stranger)
+      yield* locked.commit
     })))
 })
 
 describe("a database that refuses a settlement", () => {
-  const refusing = (condition: string, state: string) =>
-    rows(`create function public.refuse() returns trigger language plpgsql as $$ begin
-        if ${condition} then raise exception 'refused' using errcode = '${state}'; end if;
-        return new;
-      end $$`).pipe(Effect.andThen(rows(
-      "create trigger refuse before insert on pgqueue.finished for each row execute function public.refuse()"
-    )))
+  const refusingEnds = (condition: string, state: string) =>
+    refusing("finished", condition, `raise exception 'refused' using errcode = '${state}';`)
 
   // The last is of the class of bad data, and these jobs have left none: it is that of somebody's trigger.
   for (
@@ -143,7 +131,7 @@ describe("a database that refuses a settlement", () => {
   ) {
     it.live(`for reasons of its own (${what}) is asked again until it takes it`, () =>
       withQueue(Effect.gen(function*() {
-        yield* refusing("true", state)
+        yield* refusingEnds("true", state)
         yield* running(Worker.layer({ jobs: [Note], gracePeriod: 0 }).pipe(Layer.provide(NoteHandler)))
         yield* Note.enqueueAll(numbers(30))
         yield* untilValue("select count(*)::int from ledger", 30)
@@ -162,7 +150,7 @@ describe("a database that refuses a settlement", () => {
     withQueue(Effect.gen(function*() {
       class Answer extends Job.make("answer", { payload: { n: Schema.Finite }, success: Schema.Finite }) {}
       const AnswerHandler = Answer.toLayer(({ n }) => Effect.succeed(n))
-      yield* refusing("new.result::text = '7'", "22000")
+      yield* refusingEnds("new.result::text = '7'", "22000")
       yield* running(Worker.layer({ jobs: [Answer], gracePeriod: 0 }).pipe(Layer.provide(AnswerHandler)))
       yield* Answer.enqueueAll(numbers(100))
       yield* untilValue("select count(*)::int from pgqueue.finished", 99)

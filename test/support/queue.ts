@@ -1,7 +1,7 @@
 /** A queue under test: a fresh database, the application's client, the ledger, and conditions to wait for. */
 import { PgClient } from "@effect/sql-pg"
 import { assert } from "@effect/vitest"
-import { Clock, Effect, Layer, Redacted, Schedule, type Scope, Tracer } from "effect"
+import { Clock, Deferred, Effect, Fiber, Layer, Redacted, Schedule, type Scope, Tracer } from "effect"
 import { SqlClient, type SqlError } from "effect/sql"
 import * as Database from "../../src/Database.ts"
 import { JobQueue, type JobQueueError } from "../../src/index.ts"
@@ -181,6 +181,45 @@ export const burnt = rows<{ id: string }>(
   `select id::text from pgqueue.finished f where status = 'completed' and attempt <> greatest(rescued, 1) +
      (select count(*) from pgqueue.attempt a where a.job = f.id and a.tag <> 'Lost')`
 )
+
+/** Begins a transaction with something in it and keeps it open; returns how to end it. */
+export const stranger = Effect.fnUntraced(function*<A, E, R>(something: Effect.Effect<A, E, R>) {
+  const sql = yield* SqlClient.SqlClient
+  const held = yield* Deferred.make<void>()
+  const end = yield* Deferred.make<void>()
+  const fiber = yield* Effect.forkScoped(sql.withTransaction(
+    Effect.andThen(something, Effect.andThen(Deferred.succeed(held, undefined), Deferred.await(end)))
+  ))
+  yield* Deferred.await(held)
+  return {
+    commit: Effect.andThen(Deferred.succeed(end, undefined), Fiber.join(fiber)),
+    rollback: Fiber.interrupt(fiber)
+  }
+})
+
+/** The same with a statement of the application's client. */
+export const strangerDoes = (text: string) => stranger(Effect.flatMap(SqlClient.SqlClient, (sql) => sql.unsafe(text)))
+
+/** Has a trigger `refuse` do something, such as to raise an exception, before a row of a table that meets a condition is inserted. */
+export const refusing = (table: string, condition: string, body: string) =>
+  rows(`create function public.refuse() returns trigger language plpgsql as $$ begin
+      if ${condition} then ${body} end if;
+      return new;
+    end $$`).pipe(Effect.andThen(
+    rows(`create trigger refuse before insert on pgqueue.${table} for each row execute function public.refuse()`)
+  ))
+
+/** Counts from here on how many statements begin to do something to a table, in `public.tries`: what is rolled back, too. */
+export const counting = (event: "insert" | "delete", table: string) =>
+  rows("create sequence public.tries").pipe(
+    Effect.andThen(rows(`create function public.counted() returns trigger language plpgsql as
+      $$ begin perform nextval('public.tries'); return null; end $$`)),
+    Effect.andThen(
+      rows(
+        `create trigger counted before ${event} on pgqueue.${table} for each statement execute function public.counted()`
+      )
+    )
+  )
 
 /** Fails unless every job is in exactly one place, and every lease, line entry and key belongs to one. */
 export const allInPlace = Effect.suspend(() => onStorage(assertInPlace))
